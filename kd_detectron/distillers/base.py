@@ -1,0 +1,108 @@
+"""The distiller: what a knowledge distillation method is to the rest of this project.
+
+A distiller is an ``nn.Module`` that is called once a training step with a
+:class:`~kd_detectron.modeling.DistillationContext` (what the student and the frozen teacher
+computed in this step) and returns named losses, unweighted. The meta-architecture multiplies them
+by ``KD.<NAME>.WEIGHT`` and by the schedule, and adds them to the detector's own losses.
+
+Shapes used throughout: N images, R sampled proposals over the whole batch, K foreground classes,
+so that logits are (R, K+1) with the last column background; C channels, D box-feature channels.
+
+This file, like every distiller and loss, is plain PyTorch: it runs without Detectron2.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from fvcore.common.registry import Registry
+from torch import nn
+
+from kd_detectron.errors import ConfigError, did_you_mean
+
+DISTILLER_REGISTRY = Registry("DISTILLER")
+DISTILLER_REGISTRY.__doc__ = """
+Distillers by name, the name that ``KD.DISTILLERS`` lists. A registered object must be a subclass of
+:class:`Distiller`; its options are the keyword arguments of its ``__init__``, read from its config
+node (``KD.<NAME IN CAPITALS>``) or from ``KD.OPTIONS.<Name>``.
+"""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a distiller may need to know of a model to build its own layers.
+
+    Args:
+        channels: channels C of each feature level, by level name, fine to coarse ("p2".."p6").
+        strides: stride in input pixels of each feature level, by level name, in the same order.
+        num_classes: number K of foreground classes; None for a detector without ROI heads.
+        box_channels: width D of the box head's output; None without one box head.
+    """
+
+    channels: Mapping[str, int] = field(default_factory=dict)
+    strides: Mapping[str, int] = field(default_factory=dict)
+    num_classes: int | None = None
+    box_channels: int | None = None
+
+
+class Distiller(nn.Module):
+    """Base class of every method: subclass, register, return named losses from ``forward``.
+
+    Class attributes:
+        requires: the parts of the context that ``forward`` reads, a subset of ``{"features",
+            "logits", "box_features", "anchors"}``. Checked against student and teacher when the
+            model is built, so that a method that cannot work is refused before the first step.
+    """
+
+    requires: frozenset[str] = frozenset()
+
+    @classmethod
+    def from_specs(cls, student: ModelSpec, teacher: ModelSpec, **options) -> "Distiller":
+        """Builds the distiller for these two models; override to size adapter layers.
+
+        Args:
+            student, teacher: what is known of the two models.
+            options: the distiller's config node, keys in lower case, without ``weight``.
+        """
+        return cls(**options)
+
+    def forward(self, context) -> dict[str, torch.Tensor]:
+        """Returns ``{"loss_<name>": scalar}`` for one step, unweighted, with a graph."""
+        raise NotImplementedError
+
+
+def build_distiller(
+    name: str, options: Mapping, student: ModelSpec, teacher: ModelSpec
+) -> Distiller:
+    """Builds one distiller by its registered name.
+
+    Args:
+        name: a name of ``KD.DISTILLERS``.
+        options: its config node as a mapping, without ``WEIGHT``; keys in any case.
+        student, teacher: what is known of the two models.
+
+    Raises:
+        ConfigError: the name or an option is unknown, or a value is refused by the distiller.
+    """
+    if name not in DISTILLER_REGISTRY:
+        known = [key for key, _ in DISTILLER_REGISTRY]
+        raise ConfigError(
+            f"KD.DISTILLERS names '{name}', which is not registered{did_you_mean(name, known)}"
+            " (a distiller of your own must be imported before the model is built: name its module"
+            " in KD.IMPORTS)"
+        )
+    cls = DISTILLER_REGISTRY.get(name)
+    options = {key.lower(): value for key, value in options.items()}
+    accepted = [
+        key
+        for key, parameter in inspect.signature(cls.__init__).parameters.items()
+        if key != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
+    ]
+    for key in options:
+        if key not in accepted:
+            raise ConfigError(
+                f"KD.{name.upper()} has no option {key.upper()}"
+                f"{did_you_mean(key.upper(), [a.upper() for a in accepted] + ['WEIGHT'])}"
+            )
+    return cls.from_specs(student, teacher, **options)

@@ -1,0 +1,30 @@
+"""Installs kd_detectron beside a torch and a Detectron2 that are already there (see the README)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="kd_detectron",
+    version="0.1.0",
+    description="Knowledge distillation for Detectron2 detectors",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["kd_detectron", "kd_detectron.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "fvcore>=0.1.5",
+        "pycocotools>=2.0.6",
+        "opencv-python>=4.8",
+        "matplotlib>=3.7",
+        "tabulate>=0.9",
+        "tqdm>=4.65",
+    ],
+    extras_require={
+        "timm": ["timm>=1.0"],
+        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+    },
+)
