@@ -89,8 +89,7 @@ def build_distiller(
         known = [key for key, _ in DISTILLER_REGISTRY]
         raise ConfigError(
             f"KD.DISTILLERS names '{name}', which is not registered{did_you_mean(name, known)}"
-            " (a distiller of your own must be imported before the model is built: name its module"
-            " in KD.IMPORTS)"
+            " (a distiller of your own must be imported first: tools/train_net.py --import your_file.py)"
         )
     cls = DISTILLER_REGISTRY.get(name)
     options = {key.lower(): value for key, value in options.items()}
