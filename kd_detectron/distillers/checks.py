@@ -1,0 +1,72 @@
+"""What distillers refuse when they are built: option values and feature levels that cannot work.
+
+Each check raises one ConfigError that names the config key, so that nothing fails inside the first
+training step.
+"""
+
+import math
+
+from kd_detectron.errors import ConfigError
+
+from .base import ModelSpec
+
+
+def check_number(
+    key: str,
+    value: float,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+) -> float:
+    """Returns ``value`` if it is a finite number within the bounds given.
+
+    Raises:
+        ConfigError: it is not; ``key`` is the config key that the message names.
+    """
+    wanted = ["a finite number"]
+    wanted += [f"above {above:g}"] if above is not None else []
+    wanted += [f"at least {at_least:g}"] if at_least is not None else []
+    wanted += [f"below {below:g}"] if below is not None else []
+    fits = (
+        isinstance(value, (int, float))
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and (below is None or value < below)
+    )
+    if not fits:
+        raise ConfigError(f"{key} is {value!r}; give {', '.join(wanted)}")
+    return value
+
+
+def check_whole_number(key: str, value: int, *, at_least: int) -> int:
+    """Returns ``value`` if it is a whole number of at least ``at_least``; else a ConfigError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ConfigError(f"{key} is {value!r}; give a whole number of at least {at_least}")
+    return value
+
+
+def level_channels(
+    name: str, student: ModelSpec, teacher: ModelSpec
+) -> tuple[list[int], list[int]]:
+    """Channels of the student's levels and of the teacher's levels of the same names.
+
+    Args:
+        name: the distiller, for the message.
+        student, teacher: what is known of the two models.
+
+    Returns:
+        Two lists, one entry for each level of the student, fine to coarse.
+
+    Raises:
+        ConfigError: the student has no feature levels, or one that the teacher lacks.
+    """
+    missing = [level for level in student.channels if level not in teacher.channels]
+    if missing or not student.channels:
+        raise ConfigError(
+            f"KD.DISTILLERS names {name}, which compares feature levels of the same name: the"
+            f" student has {list(student.channels)}, the teacher of KD.TEACHER.CONFIG_FILE has"
+            f" {list(teacher.channels)}; choose a teacher with the student's levels"
+        )
+    return list(student.channels.values()), [teacher.channels[level] for level in student.channels]

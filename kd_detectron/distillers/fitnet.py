@@ -1,0 +1,50 @@
+"""FitNet: every feature level of the student, through its own 1x1 convolution, onto the teacher's.
+
+Romero et al., "FitNets: Hints for Thin Deep Nets", arXiv 1412.6550. Features are (N, C, H, W) maps,
+fine to coarse (p2..p6 of an FPN). The detection code behind the published FitNet rows was never
+released; see ``docs/methods.md`` for what was chosen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from kd_detectron.losses import fitnet_loss
+
+from .base import DISTILLER_REGISTRY, Distiller
+from .checks import level_channels
+
+
+@DISTILLER_REGISTRY.register()
+class FitNet(Distiller):
+    """Mean squared error between adapted student features and teacher features, all levels."""
+
+    requires = frozenset({"features"})
+
+    def __init__(self, in_channels: Sequence[int], out_channels: Sequence[int]):
+        """
+        Args:
+            in_channels: channels of the student's levels, fine to coarse.
+            out_channels: channels of the teacher's levels, in the same order.
+        """
+        super().__init__()
+        self.adapters = nn.ModuleList(
+            nn.Conv2d(student, teacher, kernel_size=1)
+            for student, teacher in zip(in_channels, out_channels, strict=True)
+        )
+
+    @classmethod
+    def from_specs(cls, student, teacher, **options):
+        return cls(*level_channels("FitNet", student, teacher), **options)
+
+    def forward(self, context):
+        features = context.student.features
+        with torch.autocast(next(iter(features.values())).device.type, enabled=False):
+            adapted = [
+                adapter(feature.float())
+                for adapter, feature in zip(self.adapters, features.values(), strict=True)
+            ]
+        return {
+            "loss_fitnet": fitnet_loss(adapted, [context.teacher.features[k] for k in features])
+        }

@@ -1,0 +1,30 @@
+"""KD: the softened class distributions of the teacher as targets, on the sampled proposals.
+
+Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531. Both models'
+logits, (R, K+1), are of the student's R sampled proposals, background ones included. The detection
+code behind the published KD rows was never released; see ``docs/methods.md`` for what was chosen.
+"""
+
+from kd_detectron.losses import kd_loss
+
+from .base import DISTILLER_REGISTRY, Distiller
+from .checks import check_number
+
+
+@DISTILLER_REGISTRY.register()
+class KD(Distiller):
+    """Kullback-Leibler divergence from the teacher's to the student's class distribution."""
+
+    requires = frozenset({"logits"})
+
+    def __init__(self, *, temperature: float = 1.0):
+        """
+        Args:
+            temperature: T > 0, softens both distributions; the loss is multiplied by T^2.
+        """
+        super().__init__()
+        self.temperature = check_number("KD.KD.TEMPERATURE", temperature, above=0)
+
+    def forward(self, context):
+        loss = kd_loss(context.student.logits, context.teacher.logits, self.temperature)
+        return {"loss_kd": loss}

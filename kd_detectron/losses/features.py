@@ -1,0 +1,150 @@
+"""Losses on feature maps: HCL (ReviewKD), FitNet's MSE and FGFI's masked imitation.
+
+Sources: "Distilling Knowledge via Knowledge Review" (ReviewKD, CVPR 2021, arXiv 2104.09044);
+"FitNets", arXiv 1412.6550; "Distilling Object Detectors with Fine-grained Feature Imitation"
+(FGFI, CVPR 2019, arXiv 1906.03609).
+
+Shapes: N images, C channels; one (N, C, H, W) map a level, fine to coarse; A anchors a location,
+G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's channels by
+the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``.
+
+Difference from FGFI's single-map release: the mask and the loss are taken level by level, each
+with its own best anchors, and the levels' losses are added (``tests/losses/test_features.py``).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+from torchvision.ops import box_iou
+
+_POOL_SIZES = (4, 2, 1)
+
+
+def hcl_loss(
+    student_features: Sequence[torch.Tensor], teacher_features: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """ReviewKD's hierarchical context loss, summed over the levels.
+
+    Of each level: the MSE of the maps and of the maps pooled (adaptive average) to 4x4, 2x2 and
+    1x1, with weights 1, 1/2, 1/4, 1/8, divided by the sum of the weights used. A pool size is
+    skipped where the map's height is not larger.
+
+    Args:
+        student_features, teacher_features: (N, C, H, W) of each level. The teacher's are detached.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: the two sequences do not match in length or shapes.
+    """
+    _check_same_shapes(student_features, teacher_features)
+    total = 0.0
+    for student, teacher in zip(student_features, teacher_features, strict=True):
+        student, teacher = student.float(), teacher.detach().float()
+        level, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
+        for size in _POOL_SIZES:
+            if size >= student.shape[2]:
+                continue
+            weight /= 2
+            weights += weight
+            level = level + weight * F.mse_loss(
+                F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+            )
+        total = total + level / weights
+    return total
+
+
+def fitnet_loss(
+    student_features: Sequence[torch.Tensor], teacher_features: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Mean squared error of each level, summed over the levels.
+
+    Args:
+        student_features, teacher_features: (N, C, H, W) of each level. The teacher's are detached.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: the two sequences do not match in length or shapes.
+    """
+    _check_same_shapes(student_features, teacher_features)
+    return sum(
+        F.mse_loss(student.float(), teacher.detach().float())
+        for student, teacher in zip(student_features, teacher_features, strict=True)
+    )
+
+
+@torch.no_grad()
+def fgfi_mask(
+    anchors: torch.Tensor, gt_boxes: torch.Tensor, height: int, width: int, psi: float = 0.5
+) -> torch.Tensor:
+    """The locations of one image's map that FGFI imitates: those with an anchor near an object.
+
+    An anchor is near a box if their IoU is above psi times the best IoU that any anchor of this
+    level has with that box; a location is in the mask if any of its anchors is near any box.
+
+    Args:
+        anchors: (height * width * A, 4) XYXY of this level, those of one location side by side:
+            index (y * width + x) * A + a.
+        gt_boxes: (G, 4) XYXY of the image, in the anchors' pixels; G may be 0.
+        height, width: size of the level's map.
+        psi: in [0, 1); the larger, the fewer locations.
+
+    Returns:
+        (height, width) bool.
+
+    Raises:
+        ValueError: the anchors are not a whole number a location.
+    """
+    if len(anchors) == 0 or len(anchors) % (height * width) != 0:
+        raise ValueError(
+            f"{len(anchors)} anchors are not a whole number for each location of a"
+            f" {height}x{width} map"
+        )
+    if len(gt_boxes) == 0:  # no box has a best anchor: max over nothing is an error
+        return anchors.new_zeros((height, width), dtype=torch.bool)
+    iou = box_iou(anchors.float(), gt_boxes.to(anchors.device).float())
+    near = iou > psi * iou.amax(dim=0)
+    return near.view(height, width, -1).any(dim=2)
+
+
+def fgfi_loss(
+    student_features: Sequence[torch.Tensor],
+    teacher_features: Sequence[torch.Tensor],
+    masks: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """Squared difference at the masked locations, over 2 * (their number), summed over the levels.
+
+    Args:
+        student_features, teacher_features: (N, C, H, W) of each level. The teacher's are detached.
+        masks: (N, H, W) bool of each level, see :func:`fgfi_mask`. A level without any masked
+            location adds a zero with a graph.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: the sequences do not match in length or shapes.
+    """
+    _check_same_shapes(student_features, teacher_features)
+    total = 0.0
+    for student, teacher, mask in zip(student_features, teacher_features, masks, strict=True):
+        squared = (student.float() - teacher.detach().float()).square().sum(dim=1)
+        total = total + (squared * mask).sum() / (2 * mask.sum().clamp(min=1))
+    return total
+
+
+def _check_same_shapes(
+    student_features: Sequence[torch.Tensor], teacher_features: Sequence[torch.Tensor]
+) -> None:
+    # Broadcasting would turn a mismatch into a wrong number instead of an error.
+    student_shapes = [tuple(feature.shape) for feature in student_features]
+    teacher_shapes = [tuple(feature.shape) for feature in teacher_features]
+    if student_shapes != teacher_shapes:
+        raise ValueError(
+            f"student features {student_shapes} and teacher features {teacher_shapes} must have"
+            " the same levels and shapes"
+        )
