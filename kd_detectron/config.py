@@ -1,8 +1,8 @@
 """The ``KD`` config node, and finding and reading configs by bare name.
 
 Everything that a distilled training needs beyond Detectron2's own config stands here, with the
-meaning of each key beside it. A distiller's node is ``KD.<NAME IN CAPITALS>``: ``WEIGHT`` multiplies
-its losses, every other key is a keyword argument of the distiller's constructor, with the same
+meaning of each key beside it. A distiller's node is ``KD.<NAME IN CAPITALS>``: ``WEIGHT``
+multiplies its losses, every other key is a keyword argument of its constructor, with the same
 default (``tests/test_config.py`` compares them).
 
 Configs are found as a path, or by bare name among the files of ``configs/``, from any directory and
@@ -172,9 +172,7 @@ def find_config(name: str) -> str:
         if found.is_file():
             return str(found)
     near = did_you_mean(os.path.basename(name), list_configs())
-    raise ConfigError(
-        f"--config-file '{name}' is neither a file nor a config of kd_detectron{near}"
-    )
+    raise ConfigError(f"--config-file '{name}' is neither a file nor a known config{near}")
 
 
 def get_config(name: str, opts: Sequence = ()) -> CfgNode:

@@ -89,7 +89,7 @@ def build_distiller(
         known = [key for key, _ in DISTILLER_REGISTRY]
         raise ConfigError(
             f"KD.DISTILLERS names '{name}', which is not registered{did_you_mean(name, known)}"
-            " (a distiller of your own must be imported first: tools/train_net.py --import your_file.py)"
+            " (import your own file first: tools/train_net.py --import FILE.py)"
         )
     cls = DISTILLER_REGISTRY.get(name)
     options = {key.lower(): value for key, value in options.items()}

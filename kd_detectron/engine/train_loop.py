@@ -1,0 +1,129 @@
+"""One optimizer step: Detectron2's ``SimpleTrainer`` with accumulation and mixed precision.
+
+``SOLVER.ACCUMULATE_STEPS`` batches of ``SOLVER.IMS_PER_BATCH`` images are run one after the other
+and their gradients averaged before one optimizer step, which equals the larger batch for a model
+without BatchNorm: two models on one GPU often leave room for few images. ``SOLVER.AMP`` runs the
+forward pass in float16 (with loss scaling) or bfloat16.
+
+Every loss is checked before the weights change: a non-finite one stops the run with the loss, the
+iteration and the images named, and the last checkpoint intact.
+"""
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from torch.nn.parallel import DistributedDataParallel
+
+from kd_detectron.errors import ConfigError, NonFiniteLossError
+
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class DistillationTrainLoop(SimpleTrainer):
+    """Runs one iteration: ``accumulate_steps`` forward and backward passes, one optimizer step.
+
+    Args:
+        model, data_loader, optimizer: as for Detectron2's ``SimpleTrainer``.
+        accumulate_steps: batches per optimizer step.
+        amp_dtype: run the forward pass under autocast in this type; None for float32.
+    """
+
+    def __init__(
+        self,
+        model,
+        data_loader,
+        optimizer,
+        *,
+        accumulate_steps: int = 1,
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        self.accumulate_steps = accumulate_steps
+        self.amp_dtype = amp_dtype
+        self.device_type = next(model.parameters()).device.type
+        self.grad_scaler = torch.amp.GradScaler(
+            self.device_type, enabled=amp_dtype is torch.float16 and self.device_type == "cuda"
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, model, data_loader, optimizer) -> "DistillationTrainLoop":
+        """Reads ``SOLVER.ACCUMULATE_STEPS`` and ``SOLVER.AMP``."""
+        if cfg.SOLVER.ACCUMULATE_STEPS < 1:
+            raise ConfigError(
+                f"SOLVER.ACCUMULATE_STEPS is {cfg.SOLVER.ACCUMULATE_STEPS}; it must be 1 or more"
+            )
+        precision = cfg.SOLVER.AMP.PRECISION
+        if precision not in PRECISIONS:
+            raise ConfigError(f"SOLVER.AMP.PRECISION is '{precision}'; it must be fp16 or bf16")
+        if cfg.SOLVER.AMP.ENABLED and precision == "fp16" and cfg.MODEL.DEVICE == "cpu":
+            raise ConfigError(
+                "SOLVER.AMP.PRECISION is 'fp16' but MODEL.DEVICE is 'cpu', which has no loss "
+                "scaling; set SOLVER.AMP.PRECISION bf16 or SOLVER.AMP.ENABLED False"
+            )
+        return cls(
+            model,
+            data_loader,
+            optimizer,
+            accumulate_steps=cfg.SOLVER.ACCUMULATE_STEPS,
+            amp_dtype=PRECISIONS[precision] if cfg.SOLVER.AMP.ENABLED else None,
+        )
+
+    def run_step(self) -> None:
+        assert self.model.training, "the model was changed to eval mode during training"
+        self.optimizer.zero_grad()
+        totals: dict[str, torch.Tensor] = defaultdict(float)
+        data_time = 0.0
+        for index in range(self.accumulate_steps):
+            start = time.perf_counter()
+            batch = next(self._data_loader_iter)
+            data_time += time.perf_counter() - start
+            last = index == self.accumulate_steps - 1
+            with contextlib.nullcontext() if last else self._without_gradient_exchange():
+                losses = self._forward(batch)
+                loss = sum(losses.values()) / self.accumulate_steps
+                self.grad_scaler.scale(loss).backward()
+            for name, value in losses.items():
+                totals[name] = totals[name] + value.detach() / self.accumulate_steps
+            self._refuse_non_finite(losses, batch)
+        self.after_backward()
+        self._write_metrics(totals, data_time)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+
+    def _forward(self, batch) -> dict[str, torch.Tensor]:
+        with torch.autocast(
+            self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
+        ):
+            return self.model(batch)
+
+    def _without_gradient_exchange(self):
+        # Gradients are reduced over the processes once, with the last batch.
+        if isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def _refuse_non_finite(self, losses: dict[str, torch.Tensor], batch: list[dict]) -> None:
+        values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+        bad = [name for name, value in zip(losses, values, strict=True) if not math.isfinite(value)]
+        if bad:
+            files = ", ".join(str(x.get("file_name", "unnamed image")) for x in batch)
+            shown = ", ".join(f"{name}={losses[name].item()}" for name in bad)
+            raise NonFiniteLossError(
+                f"Loss not finite at iteration {self.iter} (process {comm.get_rank()}): {shown}; "
+                f"the images were {files}. The weights of this iteration were not changed and the "
+                "last checkpoint is intact; lower SOLVER.BASE_LR or the distillation weight, or "
+                "raise KD.SCHEDULE.WARMUP_ITERS, and --resume"
+            )
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

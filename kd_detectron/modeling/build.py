@@ -1,0 +1,132 @@
+"""From config to teacher and distillers, with every incompatibility refused before the first step.
+
+:func:`build_distillers` is what the meta-architectures call. The student is built first and the
+random state is restored afterwards, so that a distilled student starts from the same weights as a
+plain one under the same seed.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from types import SimpleNamespace
+
+import torch
+from detectron2.config import CfgNode
+
+from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from kd_detectron.errors import ConfigError
+
+from .taps import anchor_levels_of
+from .teacher import FrozenTeacher, model_spec
+
+logger = logging.getLogger(__name__)
+
+
+def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
+    """Builds the teacher and the distillers of a config, checked against the student.
+
+    Args:
+        cfg: the whole config.
+        student: the student's parts by constructor name ("backbone", "roi_heads", ...).
+
+    Returns:
+        The arguments ``teacher``, ``distillers`` and ``distillation_weights`` of the
+        meta-architecture; no teacher and no distillers where ``KD.ENABLED`` is False.
+
+    Raises:
+        ConfigError: something named in ``KD`` is unknown or does not fit.
+    """
+    names = list(cfg.KD.DISTILLERS) if cfg.KD.ENABLED else []
+    if not names:
+        return {"teacher": None, "distillers": {}, "distillation_weights": {}}
+    if len(set(names)) != len(names):
+        raise ConfigError(f"KD.DISTILLERS is {names}: name each distiller once")
+    student_model = SimpleNamespace(**student)
+    student_spec = model_spec(student_model)
+    options = {name: distiller_options(cfg, name) for name in names}
+    weights = {name: _weight(name, options[name].pop("WEIGHT", 1.0)) for name in names}
+    with torch.random.fork_rng():
+        # Fail on a wrong name or option before minutes of teacher download.
+        for name in names:
+            build_distiller(name, options[name], student_spec, student_spec)
+        teacher = FrozenTeacher.from_config(cfg)
+        distillers = {
+            name: build_distiller(name, options[name], student_spec, teacher.spec) for name in names
+        }
+    for name, distiller in distillers.items():
+        check_fits(name, distiller, student_model, student_spec, teacher)
+    return {"teacher": teacher, "distillers": distillers, "distillation_weights": weights}
+
+
+def distiller_options(cfg: CfgNode, name: str) -> dict:
+    """The options of a distiller: its own node ``KD.<NAME>``, or ``KD.OPTIONS.<Name>``."""
+    node = cfg.KD.get(name.upper(), None)
+    if name in DISTILLER_REGISTRY and isinstance(node, CfgNode):
+        return dict(node)
+    return dict(cfg.KD.OPTIONS.get(name, {}))
+
+
+def _weight(name: str, value) -> float:
+    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(
+            f"KD.{name.upper()}.WEIGHT is {value}; it must be a finite number, not negative"
+        )
+    return float(value)
+
+
+def check_fits(
+    name: str,
+    distiller: Distiller,
+    student_model,
+    student: ModelSpec,
+    teacher: FrozenTeacher,
+) -> None:
+    """Refuses a distiller that reads parts which student or teacher lack or do not share.
+
+    Raises:
+        ConfigError: naming the key, both values and the fix.
+    """
+    requires = distiller.requires
+    if requires & {"logits", "box_features"}:
+        for who, spec in (("student", student), ("teacher", teacher.spec)):
+            if spec.box_channels is None:
+                raise ConfigError(
+                    f"KD.DISTILLERS has '{name}', which reads box-head outputs, but the {who} has "
+                    "not exactly one box head (RetinaNet, Cascade and C4 models); use feature "
+                    "distillers such as ReviewKD, or a Faster or Mask R-CNN with FPN"
+                )
+    if "logits" in requires and student.num_classes != teacher.spec.num_classes:
+        raise ConfigError(
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {student.num_classes} for the student and "
+            f"{teacher.spec.num_classes} for the teacher, but '{name}' compares their logits; "
+            "train the teacher on the student's classes, or use feature distillers alone"
+        )
+    if "features" in requires:
+        _check_levels(name, student, teacher.spec)
+        student_divisibility = student_model.backbone.size_divisibility
+        teacher_divisibility = teacher.model.backbone.size_divisibility
+        if student_divisibility != teacher_divisibility:
+            raise ConfigError(
+                f"'{name}' compares feature maps, but images are padded to multiples of "
+                f"{student_divisibility} for the student (MODEL.BACKBONE.NAME) and "
+                f"{teacher_divisibility} for the teacher (KD.TEACHER.CONFIG_FILE), so their sizes "
+                "differ; choose backbones with the same coarsest stride"
+            )
+    if "anchors" in requires and anchor_levels_of(student_model) is None:
+        raise ConfigError(
+            f"KD.DISTILLERS has '{name}', which reads anchors, but the student has no anchor "
+            "generator; remove it or use an RPN (MODEL.PROPOSAL_GENERATOR.NAME)"
+        )
+
+
+def _check_levels(name: str, student: ModelSpec, teacher: ModelSpec) -> None:
+    if list(student.strides.items()) != list(teacher.strides.items()):
+        raise ConfigError(
+            f"'{name}' compares feature levels, but the student's (MODEL.FPN) are "
+            f"{_levels(student)} and the teacher's (KD.TEACHER.CONFIG_FILE) are "
+            f"{_levels(teacher)}; choose a teacher with the same levels and strides"
+        )
+
+
+def _levels(spec: ModelSpec) -> str:
+    return ", ".join(f"{level} (stride {stride})" for level, stride in spec.strides.items())

@@ -1,0 +1,127 @@
+"""DistilledRCNN: Detectron2's ``GeneralizedRCNN`` with a frozen teacher and a list of distillers.
+
+One training step, all of it in :meth:`DistillationMixin.forward`:
+
+1. the student's own forward pass, once, with taps on it;
+2. a context of what both models computed, the teacher's part lazily;
+3. each distiller's losses, times its weight, merged into the detector's losses.
+
+In eval mode it *is* the student. With no distillers it is ``GeneralizedRCNN``, bit for bit
+(``test_empty_distillers_is_generalized_rcnn``), and no teacher is built.
+
+Legend: N images, R sampled proposals over the whole batch, K foreground classes.
+"""
+
+import logging
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from torch import nn
+
+from kd_detectron.distillers import Distiller
+from kd_detectron.errors import ConfigError
+
+from .build import build_distillers
+from .context import DistillationContext
+from .taps import StudentTaps
+from .teacher import FrozenTeacher
+
+logger = logging.getLogger(__name__)
+
+
+class DistillationMixin:
+    """Adds a teacher and distillers to a Detectron2 detector; put it before the detector class.
+
+    Attributes:
+        teacher: the :class:`FrozenTeacher`, or None. A plain object, so never in ``state_dict()``.
+        distillers: ``nn.ModuleDict`` by name; parameters under ``distillers.`` in ``state_dict()``.
+        distillation_weights: loss weight by distiller name.
+        distillation_factor: what the schedule multiplies all weights by; at 0 the teacher does not
+            run.
+    """
+
+    def _add_distillation(
+        self,
+        teacher: FrozenTeacher | None,
+        distillers: dict[str, Distiller],
+        weights: dict[str, float],
+        input_format: str,
+    ) -> None:
+        if distillers and teacher is None:
+            raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
+        self.teacher = teacher
+        self.distillers = nn.ModuleDict(distillers)
+        self.distillation_weights = {name: weights.get(name, 1.0) for name in distillers}
+        self.distillation_factor = 1.0
+        self._student_format = input_format
+
+    def forward(self, batched_inputs: list[dict]):
+        if not self.training or not self.distillers:
+            return super().forward(batched_inputs)
+
+        with StudentTaps(self) as taps:
+            losses = super().forward(batched_inputs)
+        context = DistillationContext(
+            taps,
+            self.teacher,
+            batched_inputs,
+            student_format=self._student_format,
+            num_classes=getattr(getattr(self, "roi_heads", self), "num_classes", None),
+        )
+        return losses | self.distillation_losses(context, losses)
+
+    def distillation_losses(
+        self, context: DistillationContext, detector_losses: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Each distiller's losses times its weight and the schedule's factor."""
+        if self.distillation_factor == 0:
+            return self._resting(next(iter(detector_losses.values())))
+        losses = {}
+        for name, distiller in self.distillers.items():
+            scale = self.distillation_weights[name] * self.distillation_factor
+            for key, value in distiller(context).items():
+                if key in losses or key in detector_losses:
+                    raise ConfigError(
+                        f"KD.DISTILLERS: '{name}' returns '{key}', which another loss of this step "
+                        "is already called; rename it"
+                    )
+                losses[key] = value * scale
+        return losses
+
+    def _resting(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        # The schedule is at zero: nothing is computed, but every distiller parameter still gets a
+        # (zero) gradient, since DistributedDataParallel waits for each of them.
+        zero = sum((p.sum() * 0 for p in self.distillers.parameters()), like.new_zeros(()))
+        return {"loss_distillation": zero}
+
+
+@META_ARCH_REGISTRY.register()
+class DistilledRCNN(DistillationMixin, GeneralizedRCNN):
+    """``GeneralizedRCNN`` (Faster and Mask R-CNN and relatives) as a distilled student."""
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        teacher: FrozenTeacher | None = None,
+        distillers: dict[str, Distiller] | None = None,
+        distillation_weights: dict[str, float] | None = None,
+        **student,
+    ):
+        """
+        Args:
+            teacher: the frozen teacher; None with no distillers.
+            distillers: distillers by name.
+            distillation_weights: loss weight by distiller name, 1 where absent.
+            student: the arguments of ``GeneralizedRCNN``.
+        """
+        super().__init__(**student)
+        self._add_distillation(
+            teacher, distillers or {}, distillation_weights or {}, student.get("input_format")
+        )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        student = super().from_config(cfg)
+        return student | build_distillers(cfg, student)

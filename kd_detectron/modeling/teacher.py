@@ -1,0 +1,275 @@
+"""The frozen teacher: a Detectron2 detector named in one config line, run but never trained.
+
+:class:`FrozenTeacher` is a plain object that holds a model, not an ``nn.Module``: so the teacher is
+absent from the student's ``parameters()``, ``state_dict()`` and ``train()``, from the optimizer and
+from DistributedDataParallel, by construction (``tests/modeling/test_distilled_rcnn.py``).
+
+The teacher sees each image as it was trained to: channel order first (flipped where the student's
+``INPUT.FORMAT`` differs), then its own mean and std. The papers' release normalises RGB images with
+BGR statistics; this project does not (``test_teacher_sees_the_image_as_it_was_trained_to``).
+
+It always runs in eval mode, so BatchNorm statistics never move, and under ``no_grad`` rather than
+``inference_mode``, since losses save its tensors for backward. Its RPN, mask and keypoint heads are
+dropped after the checkpoint was checked. ``roi_heads(...)`` is never called whole: that would
+resample boxes and write to the event storage.
+
+Legend: N images, R sampled proposals over the whole batch, K foreground classes.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, ImageList
+from torch import nn
+
+from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.config import (
+    add_kd_config,
+    config_dir,
+    list_configs,
+    merge_file,
+    merge_opts,
+)
+from kd_detectron.distillers.base import ModelSpec
+from kd_detectron.errors import ConfigError, did_you_mean
+
+from .taps import box_head_of, box_predictor_of
+
+logger = logging.getLogger(__name__)
+
+RANDOM_WEIGHTS = "none"
+
+
+class FrozenTeacher:
+    """A detector that is run beside the student, in eval mode and without gradient.
+
+    Args:
+        model: a Detectron2 detector with ``backbone`` and, for logits, ``roi_heads``.
+        input_format: the channel order it was trained with, "BGR" or "RGB".
+        amp: run it in half precision on CUDA; ignored on the CPU.
+        name: what it is called in logs and errors.
+    """
+
+    def __init__(self, model: nn.Module, input_format: str, *, amp: bool = True, name: str = ""):
+        self.model = model.eval().requires_grad_(False)
+        self.input_format = input_format
+        self.amp = amp
+        self.name = name or type(model).__name__
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> "FrozenTeacher":
+        """Builds and loads the teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``.
+
+        Raises:
+            ConfigError: its config or checkpoint is not found, unreadable, or does not fit.
+        """
+        teacher_cfg = teacher_config(cfg)
+        model = build_teacher_model(teacher_cfg)
+        teacher = cls(
+            model,
+            teacher_cfg.INPUT.FORMAT,
+            amp=cfg.KD.TEACHER.AMP,
+            name=cfg.KD.TEACHER.CONFIG_FILE,
+        )
+        teacher.drop_unused_heads()
+        return teacher
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What distillers may know of the teacher to size their layers."""
+        return model_spec(self.model)
+
+    def drop_unused_heads(self) -> None:
+        """Frees the parts that distillation never runs: RPN, mask and keypoint heads."""
+        for owner, names in (
+            (self.model, ("proposal_generator", "sem_seg_head")),
+            (
+                getattr(self.model, "roi_heads", None),
+                ("mask_head", "mask_pooler", "keypoint_head", "keypoint_pooler"),
+            ),
+        ):
+            for name in names:
+                if getattr(owner, name, None) is not None:
+                    setattr(owner, name, None)
+
+    def preprocess(self, batched_inputs: list[dict], student_format: str) -> ImageList:
+        """Normalises and batches the student's images as the teacher was trained to see them.
+
+        Args:
+            batched_inputs: Detectron2's inputs; "image" is (3, H, W) in ``student_format``.
+            student_format: the student's ``INPUT.FORMAT``, "BGR" or "RGB".
+        """
+        images = [x["image"] for x in batched_inputs]
+        if student_format != self.input_format:
+            images = [image.flip(0) for image in images]
+        return self.model.preprocess_image([{"image": image} for image in images])
+
+    def features(self, batched_inputs: list[dict], student_format: str) -> dict[str, torch.Tensor]:
+        """Runs the backbone: level name -> (N, C, H, W)."""
+        with self._running():
+            return self.model.backbone(self.preprocess(batched_inputs, student_format).tensor)
+
+    def box_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Runs pooler and box head on given boxes: (R, D)."""
+        heads = self.model.roi_heads
+        with self._running():
+            pooled = heads.box_pooler([features[level] for level in heads.box_in_features], boxes)
+            return heads.box_head(pooled).flatten(1)
+
+    def logits(self, box_features: torch.Tensor) -> torch.Tensor:
+        """Runs the box predictor: (R, K+1)."""
+        with self._running():
+            return self.model.roi_heads.box_predictor(box_features)[0]
+
+    def fingerprint(self) -> str:
+        """A hash of all weights and buffers; a frozen teacher's never changes."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def _running(self):
+        device = self.model.pixel_mean.device
+        dtype = torch.bfloat16 if _has_bfloat16(device) else torch.float16
+        # A teacher in full precision must not inherit the student's autocast either.
+        enabled = self.amp and device.type == "cuda"
+        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            yield
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    return device.type != "cuda" or torch.cuda.is_bf16_supported()
+
+
+def model_spec(model: nn.Module) -> ModelSpec:
+    """Reads levels, strides, class count and box-head width off a Detectron2 detector."""
+    shapes = model.backbone.output_shape()
+    head = box_head_of(model)
+    box_channels = None
+    if head is not None:
+        shape = head.output_shape
+        box_channels = shape.channels * (shape.height or 1) * (shape.width or 1)
+    heads = getattr(model, "roi_heads", model)
+    return ModelSpec(
+        channels={level: shape.channels for level, shape in shapes.items()},
+        strides={level: shape.stride for level, shape in shapes.items()},
+        num_classes=getattr(heads, "num_classes", None),
+        box_channels=box_channels,
+    )
+
+
+def has_logits(model: nn.Module) -> bool:
+    """Whether the detector has one box predictor whose logits can be distilled."""
+    return box_predictor_of(model) is not None
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """The teacher's whole config: its file, on the student's device, then ``KD.TEACHER.OPTS``.
+
+    Raises:
+        ConfigError: there is no such config; or an override names an unknown key.
+    """
+    name = cfg.KD.TEACHER.CONFIG_FILE
+    path = find_teacher_config(name)
+    teacher_cfg = get_cfg()
+    add_kd_config(teacher_cfg)
+    merge_file(teacher_cfg, path)
+    teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
+    merge_opts(teacher_cfg, list(cfg.KD.TEACHER.OPTS), source="KD.TEACHER.OPTS")
+    # A teacher that was itself distilled is just a student here.
+    teacher_cfg.KD.ENABLED = False
+    teacher_cfg.MODEL.WEIGHTS = teacher_weights(cfg, teacher_cfg)
+    return teacher_cfg
+
+
+def find_teacher_config(name: str) -> str:
+    """Returns the file that ``KD.TEACHER.CONFIG_FILE`` names: a path, a zoo or a bare name."""
+    if not name:
+        raise ConfigError(
+            "KD.TEACHER.CONFIG_FILE is empty but KD.DISTILLERS is not; name a model-zoo config, "
+            "e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml, or a path"
+        )
+    if os.path.isfile(name):
+        return name
+    if (config_dir() / name).is_file():
+        return str(config_dir() / name)
+    try:
+        return model_zoo.get_config_file(name)
+    except RuntimeError:
+        near = did_you_mean(name, [*zoo_configs(), *list_configs()])
+        raise ConfigError(
+            f"KD.TEACHER.CONFIG_FILE '{name}' is no file, no model-zoo name and no config of this "
+            f"project{near}"
+        ) from None
+
+
+def zoo_configs() -> list[str]:
+    """Names of the model zoo's configs that have a checkpoint to download."""
+    return sorted(model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX_)
+
+
+def teacher_weights(cfg: CfgNode, teacher_cfg: CfgNode) -> str:
+    """Where the teacher's weights come from; "" for random ones."""
+    weights = cfg.KD.TEACHER.WEIGHTS
+    if weights == RANDOM_WEIGHTS:
+        logger.warning(
+            "KD.TEACHER.WEIGHTS is 'none': the teacher has RANDOM weights. This is for tests and "
+            "benchmarks; nothing can be learnt from it."
+        )
+        return ""
+    if weights:
+        return weights
+    try:
+        return model_zoo.get_checkpoint_url(cfg.KD.TEACHER.CONFIG_FILE)
+    except RuntimeError:
+        # A config of one's own: its MODEL.WEIGHTS must be the trained model, not ImageNet.
+        own = teacher_cfg.MODEL.WEIGHTS
+        if not own or "ImageNet" in own or own.startswith("torchvision://"):
+            raise ConfigError(
+                f"KD.TEACHER.WEIGHTS is empty and KD.TEACHER.CONFIG_FILE "
+                f"'{cfg.KD.TEACHER.CONFIG_FILE}' is not a model-zoo config with a checkpoint "
+                f"(its MODEL.WEIGHTS is '{own}'); set KD.TEACHER.WEIGHTS to the trained teacher"
+            ) from None
+        return own
+
+
+def build_teacher_model(teacher_cfg: CfgNode) -> nn.Module:
+    """Builds the whole teacher and loads its checkpoint; never returns a half-loaded one.
+
+    Raises:
+        ConfigError: the checkpoint is missing, unreadable, or has missing or unexpected keys.
+    """
+    model = build_model(teacher_cfg)
+    weights = teacher_cfg.MODEL.WEIGHTS
+    if weights:
+        checkpointer = DistillationCheckpointer(model, weights_key="KD.TEACHER.WEIGHTS")
+        checkpointer.load(weights)
+        refuse_half_loaded(checkpointer.incompatible, weights)
+    return model
+
+
+def refuse_half_loaded(incompatible, weights: str) -> None:
+    """Raises ConfigError if a checkpoint did not fit the teacher's config in every key."""
+    problems = []
+    for what, keys in (
+        ("missing", incompatible.missing_keys),
+        ("unexpected", incompatible.unexpected_keys),
+        ("of another shape", [shape[0] for shape in incompatible.incorrect_shapes]),
+    ):
+        if keys:
+            shown = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
+            problems.append(f"{len(keys)} keys {what} ({shown})")
+    if problems:
+        raise ConfigError(
+            f"KD.TEACHER.WEIGHTS '{weights}' does not fit KD.TEACHER.CONFIG_FILE: "
+            f"{'; '.join(problems)}; give the checkpoint that was trained with that config"
+        )
