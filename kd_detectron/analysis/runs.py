@@ -1,0 +1,253 @@
+"""Reads a run folder: which method on which pair, its metrics over time and its final AP.
+
+A run folder is Detectron2's ``OUTPUT_DIR``: ``config.yaml`` (the full config), ``metrics.json``
+(JSON lines, written during training) and ``result.json`` (written by ``DistillationTrainer`` at the
+end). Without ``result.json`` the last evaluation in ``metrics.json`` is taken and the run counts as
+unfinished. AP is in points, 0 to 100, as Detectron2 reports it; Detectron2's NaN ("no object of
+this size in the data") and a metric that is absent are both missing here, never 0.
+
+Runs are named from what the config says, not from the folder: distillers in alphabetical order
+joined by "+" (the order in which the papers name their combinations), "baseline" without any;
+"R101-R18" is teacher-student, a run without a teacher is named by its student alone.
+"""
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from kd_detectron.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BASELINE = "baseline"
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+TASKS = {"bbox": "box", "segm": "mask"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run, read from its folder.
+
+    Attributes:
+        path: the run folder.
+        method: distillers joined by "+", or "baseline".
+        student, teacher: short backbone names such as "R18"; teacher is None without distillation.
+        detector: "Faster R-CNN", "Mask R-CNN", or the meta-architecture's name.
+        results: final AP by task ("bbox", "segm") and metric ("AP", "AP50", ...), without NaN.
+        history: metrics by iteration, in order of iteration.
+        config: the run's full config as plain dicts.
+        iterations: iterations trained; None if unknown.
+        seconds: wall time of the training; None if unknown.
+        seed: the run's seed; None or negative: not fixed.
+        finished: whether the training reached its end.
+    """
+
+    path: Path
+    method: str
+    student: str
+    teacher: str | None
+    detector: str
+    results: Mapping[str, Mapping[str, float]] = field(repr=False)
+    history: Mapping[int, Mapping[str, float]] = field(repr=False)
+    config: Mapping = field(repr=False)
+    iterations: int | None = None
+    seconds: float | None = None
+    seed: int | None = None
+    finished: bool = False
+
+    @property
+    def pair(self) -> str:
+        """Teacher and student, "R101-R18", or the student alone where there is no teacher."""
+        return f"{self.teacher}-{self.student}" if self.teacher else self.student
+
+    @property
+    def test_dataset(self) -> str | None:
+        """The dataset that the final AP is measured on."""
+        names = self.config.get("DATASETS", {}).get("TEST") or [None]
+        return names[0]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Returns iterations and values of one metric, without missing and non-finite values."""
+        points = [(i, values[key]) for i, values in self.history.items() if key in values]
+        points = [(i, value) for i, value in points if _is_number(value)]
+        return [i for i, _ in points], [value for _, value in points]
+
+    def loss_names(self) -> list[str]:
+        """Returns the names of the losses that the run logged, ``total_loss`` first."""
+        names = {key for values in self.history.values() for key in values}
+        losses = sorted(name for name in names if name.startswith("loss_"))
+        return (["total_loss"] if "total_loss" in names else []) + losses
+
+
+def load_run(path: str | Path) -> Run:
+    """Reads one run folder.
+
+    Args:
+        path: a Detectron2 ``OUTPUT_DIR`` that holds at least ``config.yaml``.
+
+    Raises:
+        ConfigError: the folder or its ``config.yaml`` is missing, or a file in it is unreadable.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ConfigError(f"{path} is not a run folder: there is no such directory")
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} is not a run folder: it holds no config.yaml")
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path / 'config.yaml'} is not readable YAML: {error}") from error
+    if not isinstance(config, dict) or "MODEL" not in config:
+        raise ConfigError(f"{path / 'config.yaml'} is not a Detectron2 config: it has no MODEL")
+
+    history = read_metrics(path / "metrics.json")
+    record = _read_result(path / "result.json")
+    results = record.get("results") or _last_evaluation(history)
+    names = distiller_names(config)
+    return Run(
+        path=path,
+        method=method_name(names),
+        student=backbone_name(config),
+        teacher=teacher_name(config) if names else None,
+        detector=detector_name(config),
+        results=_without_missing(results),
+        history=history,
+        config=config,
+        iterations=record.get("iterations") or (max(history) + 1 if history else None),
+        seconds=record.get("seconds"),
+        seed=record.get("seed", config.get("SEED")),
+        finished=bool(record.get("finished", False)),
+    )
+
+
+def distiller_names(config: Mapping) -> list[str]:
+    """Returns the distillers that a config trains with; empty where distillation is off."""
+    kd = config.get("KD") or {}
+    return list(kd.get("DISTILLERS") or []) if kd.get("ENABLED", False) else []
+
+
+def method_name(distillers: list[str]) -> str:
+    """Names a combination of distillers: "CKD+ReviewKD", or "baseline" for none."""
+    return "+".join(sorted(distillers, key=str.lower)) or BASELINE
+
+
+def detector_name(config: Mapping) -> str:
+    """Names the detector as the papers do."""
+    model = config["MODEL"]
+    architecture = model.get("META_ARCHITECTURE", "GeneralizedRCNN")
+    if architecture not in ("GeneralizedRCNN", "DistilledRCNN"):
+        return architecture.removeprefix("Distilled")
+    return "Mask R-CNN" if model.get("MASK_ON") else "Faster R-CNN"
+
+
+def backbone_name(config: Mapping) -> str:
+    """Returns a config's backbone in short: "R50", "X101", "MV2", or its builder's name."""
+    model = config["MODEL"]
+    name = model.get("BACKBONE", {}).get("NAME", "")
+    builder = name.removeprefix("build_").removesuffix("_backbone").removesuffix("_fpn")
+    if "mobilenet" in builder and "v2" in builder:
+        width = model.get("MOBILENETV2", {}).get("WIDTH_MULT", 1.0)
+        return "MV2" if width == 1 else f"MV2x{width:g}"
+    if builder == "timm":
+        return model["TIMM"]["NAME"]
+    if builder.endswith("resnet"):
+        resnet = model.get("RESNETS", {})
+        letter = "X" if resnet.get("NUM_GROUPS", 1) > 1 else "R"
+        return f"{letter}{resnet.get('DEPTH', '')}"
+    return builder or "unknown"
+
+
+def teacher_name(config: Mapping) -> str:
+    """Returns the short name of the teacher that ``KD.TEACHER.CONFIG_FILE`` names.
+
+    Zoo names and this project's names carry the backbone ("faster_rcnn_R_101_FPN_3x"); another
+    file, such as the ``config.yaml`` of a run, is opened.
+    """
+    file = (config.get("KD", {}).get("TEACHER") or {}).get("CONFIG_FILE") or ""
+    stem = Path(file).stem
+    found = re.findall(r"(?:^|[_-])([RX])_?(\d{2,3})(?=[_-]|$)", stem, flags=re.IGNORECASE)
+    if found:
+        # A distilled model's name holds its own teacher before it: the last one is the model.
+        return found[-1][0].upper() + found[-1][1]
+    if re.search(r"(^|[_-])mv2([_-]|$)", stem, flags=re.IGNORECASE):
+        return "MV2"
+    if Path(file).suffix == ".yaml" and Path(file).is_file():
+        teacher = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        if isinstance(teacher, dict) and teacher.get("MODEL", {}).get("BACKBONE", {}).get("NAME"):
+            return backbone_name(teacher)
+    return stem or "unknown"
+
+
+def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
+    """Reads Detectron2's ``metrics.json``: metrics by iteration, in order of iteration.
+
+    Several lines of one iteration are merged, the later one wins: that is what a resumed run
+    leaves. A line that an interrupted run left half-written is skipped with a warning. A missing
+    file is a run that logged nothing yet.
+    """
+    path = Path(path)
+    history: dict[int, dict[str, float]] = {}
+    if not path.is_file():
+        return history
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            iteration = int(values.pop("iteration"))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            logger.warning("%s, line %d is not a line of metrics and is skipped", path, number)
+            continue
+        history.setdefault(iteration, {}).update(values)
+    return dict(sorted(history.items()))
+
+
+def _last_evaluation(history: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Returns the AP of the last iteration that was evaluated."""
+    for values in reversed(list(history.values())):
+        results = {
+            task: {
+                metric: values[f"{task}/{metric}"]
+                for metric in METRICS
+                if f"{task}/{metric}" in values
+            }
+            for task in TASKS
+        }
+        if any(results.values()):
+            return results
+    return {}
+
+
+def _without_missing(results: Mapping) -> dict[str, dict[str, float]]:
+    """Keeps the known tasks and the values that are finite numbers."""
+    kept = {
+        task: {metric: float(value) for metric, value in results[task].items() if _is_number(value)}
+        for task in TASKS
+        if isinstance(results.get(task), Mapping)
+    }
+    return {task: metrics for task, metrics in kept.items() if metrics}
+
+
+def _read_result(path: Path) -> dict:
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(
+            f"{path} is not readable JSON ({error}); remove it to use the last evaluation in "
+            "metrics.json instead"
+        ) from error
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path} holds a {type(record).__name__}, not a JSON object")
+    return record
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
