@@ -1,0 +1,44 @@
+# make demo | make test | make lint: each sets up .venv on a fresh machine and then runs.
+# DETECTRON2=<anything pip installs> (a wheel, a folder, a git URL) replaces Detectron2's own source.
+
+PYTHON ?= python3
+VENV ?= .venv
+DETECTRON2 ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint install clean-install
+
+demo: $(VENV)/.installed
+	$(BIN)/python tools/demo.py
+
+# Without Detectron2 the tests that need none of it still run; the exit status says that it is missing.
+test: $(VENV)/.base
+	@if $(MAKE) --no-print-directory $(VENV)/.installed; then \
+	  $(BIN)/python -m pytest; \
+	else \
+	  echo; $(BIN)/python -m pytest tests/losses tests/distillers; \
+	  echo "error: Detectron2 could not be installed, so only the tests above ran;" \
+	    "name another source with 'make test DETECTRON2=<wheel, folder or git URL>'" >&2; \
+	  exit 1; \
+	fi
+
+lint: $(VENV)/.base
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+install: $(VENV)/.installed
+
+$(VENV)/.base: requirements.txt requirements-dev.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -r requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+# Detectron2 is compiled against the installed torch, hence no build isolation.
+$(VENV)/.installed: $(VENV)/.base requirements-detectron2.txt
+	$(BIN)/pip install --no-build-isolation $(if $(DETECTRON2),"$(DETECTRON2)",-r requirements-detectron2.txt)
+	$(BIN)/python -c "import detectron2._C"
+	touch $@
+
+clean-install:
+	rm -rf $(VENV)
