@@ -1,0 +1,203 @@
+"""HCL, FitNet's and FGFI's losses against slow references, and FGFI's mask by hand."""
+
+import pytest
+import torch
+
+from kd_detectron.losses import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss
+
+ODD_SIZES = ((7, 9), (5, 5), (3, 4), (2, 3), (1, 1))
+
+
+def maps(seed, sizes=ODD_SIZES, channels=3, images=2):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(images, channels, *size, generator=generator) for size in sizes]
+
+
+def mean_square(a, b):
+    total = 0.0
+    for x, y in zip(a.flatten().tolist(), b.flatten().tolist(), strict=True):
+        total += (x - y) ** 2
+    return total / a.numel()
+
+
+def pooled(maps, size):
+    """Adaptive average pooling: cell i covers rows floor(i H / size) to ceil((i + 1) H / size)."""
+    images, channels, height, width = maps.shape
+    result = torch.empty(images, channels, size, size)
+    for i in range(size):
+        top, bottom = i * height // size, -(-(i + 1) * height // size)
+        for j in range(size):
+            left, right = j * width // size, -(-(j + 1) * width // size)
+            result[:, :, i, j] = maps[:, :, top:bottom, left:right].mean(dim=(2, 3))
+    return result
+
+
+def reference_hcl(student, teacher):
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        sizes = [size for size in (4, 2, 1) if size < s.shape[2]]
+        parts = [mean_square(s, t)] + [mean_square(pooled(s, n), pooled(t, n)) for n in sizes]
+        weights = [1, 1 / 2, 1 / 4, 1 / 8][: len(parts)]
+        weighted = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        total += weighted / sum(weights)
+    return total
+
+
+def reference_fgfi(student, teacher, masks):
+    total = 0.0
+    for s, t, mask in zip(student, teacher, masks, strict=True):
+        level, locations = 0.0, 0
+        for n in range(mask.shape[0]):
+            for y in range(mask.shape[1]):
+                for x in range(mask.shape[2]):
+                    if mask[n, y, x]:
+                        locations += 1
+                        level += sum(((s - t)[n, :, y, x] ** 2).tolist())
+        total += level / (2 * locations) if locations else 0.0
+    return total
+
+
+def test_hcl_is_the_weighted_error_of_the_pooled_maps():
+    student, teacher = maps(0), maps(1)
+    expected = reference_hcl(student, teacher)
+    assert hcl_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("height, parts", [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4)])
+def test_hcl_skips_pool_sizes_that_the_height_does_not_exceed(height, parts):
+    # A constant difference is the same at every pool size, so the weights used must sum to 1;
+    # a single row of ones has another error at each size, so a wrong choice of sizes shows.
+    student, teacher = [torch.ones(1, 1, height, 9)], [torch.zeros(1, 1, height, 9)]
+    assert hcl_loss(student, teacher).item() == pytest.approx(1.0)
+    student[0][0, 0, 1:] = 0
+    sizes = [4, 2, 1][3 - (parts - 1) :]
+    errors = [mean_square(student[0], teacher[0])]
+    errors += [mean_square(pooled(student[0], n), pooled(teacher[0], n)) for n in sizes]
+    weights = [0.5**i for i in range(parts)]
+    expected = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    assert hcl_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_fitnet_is_the_mean_squared_error_summed_over_levels():
+    student, teacher = maps(0), maps(1)
+    expected = sum(mean_square(s, t) for s, t in zip(student, teacher, strict=True))
+    assert fitnet_loss(student, teacher).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_fgfi_is_half_the_mean_squared_distance_of_masked_locations():
+    student, teacher = maps(0), maps(1)
+    generator = torch.Generator().manual_seed(2)
+    masks = [torch.rand(2, *size, generator=generator) < 0.4 for size in ODD_SIZES]
+    masks[3][:] = False
+    expected = reference_fgfi(student, teacher, masks)
+    assert fgfi_loss(student, teacher, masks).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_equal_maps_cost_nothing():
+    student = maps(0)
+    masks = [torch.ones(2, *size, dtype=torch.bool) for size in ODD_SIZES]
+    assert hcl_loss(student, student) == 0
+    assert fitnet_loss(student, student) == 0
+    assert fgfi_loss(student, student, masks) == 0
+
+
+# Two locations side by side with one anchor each, and two boxes. IoU, anchors by boxes:
+#   anchor 0 (0, 0, 10, 10), box 0 (0, 0, 10, 5):  50 / 100 = 0.5     box 1 (8, 0, 18, 10): 20 / 180
+#   anchor 1 (10, 0, 20, 10), box 0:               0                  box 1: 80 / 120 = 0.667
+ANCHORS = torch.tensor([[0.0, 0, 10, 10], [10, 0, 20, 10]])
+BOXES = torch.tensor([[0.0, 0, 10, 5], [8, 0, 18, 10]])
+
+
+@pytest.mark.parametrize(
+    "boxes, psi, expected",
+    [
+        (BOXES, 0.5, [[True, True]]),  # each location is near one box
+        (BOXES[:1], 0.5, [[True, False]]),  # 0.5 > 0.25, 0 is not
+        (BOXES[1:], 0.5, [[False, True]]),  # 0.111 is not above 0.333
+        (BOXES[1:], 0.1, [[True, True]]),  # 0.111 > 0.067
+        (BOXES[:1], 0.0, [[True, False]]),  # above, not at least: no overlap is not near
+        (BOXES[:1] + 100, 0.5, [[False, False]]),  # the best IoU is 0: nothing is near
+        (BOXES[:0], 0.5, [[False, False]]),  # an image without boxes
+    ],
+)
+def test_fgfi_mask_by_hand(boxes, psi, expected):
+    mask = fgfi_mask(ANCHORS, boxes, 1, 2, psi)
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == expected
+
+
+def iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return shared / (areas - shared)
+
+
+def test_fgfi_mask_is_location_major_with_several_anchors():
+    height, width, per_location = 3, 5, 2
+    anchors = []
+    for y in range(height):
+        for x in range(width):
+            for half in (4, 9):
+                anchors.append([8 * x - half, 8 * y - half, 8 * x + half, 8 * y + half])
+    boxes = [[10.0, 1, 25, 12], [30, 14, 40, 20]]
+    expected = torch.zeros(height, width, dtype=torch.bool)
+    for box in boxes:
+        best = max(iou(anchor, box) for anchor in anchors)
+        for index, anchor in enumerate(anchors):
+            if iou(anchor, box) > 0.5 * best:
+                location = index // per_location
+                expected[location // width, location % width] = True
+    assert 0 < expected.sum() < expected.numel()
+    mask = fgfi_mask(torch.tensor(anchors).float(), torch.tensor(boxes), height, width)
+    assert torch.equal(mask, expected)
+
+
+def test_fgfi_mask_refuses_anchors_of_another_map():
+    with pytest.raises(ValueError, match="3 anchors .* 1x2 map"):
+        fgfi_mask(torch.zeros(3, 4), BOXES, 1, 2)
+
+
+def test_no_masked_location_gives_a_zero_with_a_graph():
+    student = [torch.randn(1, 2, 3, 3, requires_grad=True)]
+    loss = fgfi_loss(student, [torch.randn(1, 2, 3, 3)], [torch.zeros(1, 3, 3, dtype=torch.bool)])
+    assert loss == 0
+    loss.backward()
+    assert torch.equal(student[0].grad, torch.zeros(1, 2, 3, 3))
+
+
+def all_losses(student, teacher):
+    masks = [torch.ones(s.shape[0], *s.shape[2:], dtype=torch.bool) for s in student]
+    return {
+        "hcl": hcl_loss(student, teacher),
+        "fitnet": fitnet_loss(student, teacher),
+        "fgfi": fgfi_loss(student, teacher, masks),
+    }
+
+
+def test_teacher_gets_no_gradient():
+    student = [feature.requires_grad_() for feature in maps(0)]
+    teacher = [feature.requires_grad_() for feature in maps(1)]
+    sum(all_losses(student, teacher).values()).backward()
+    assert all(feature.grad is None for feature in teacher)
+    assert all(feature.grad.abs().sum() > 0 for feature in student)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_maps_of_large_values_give_finite_float32_losses(dtype):
+    student = [(1e4 * feature.sign()).to(dtype) for feature in maps(0)]
+    teacher = [(1e4 * feature.sign()).to(dtype) for feature in maps(1)]
+    exact = all_losses([s.float() for s in student], [t.float() for t in teacher])
+    for name, loss in all_losses(student, teacher).items():
+        assert loss.dtype == torch.float32, name
+        assert torch.isfinite(loss), name
+        assert torch.equal(loss, exact[name]), name
+
+
+def test_maps_of_different_shapes_are_refused_rather_than_broadcast():
+    for loss in (hcl_loss, fitnet_loss):
+        with pytest.raises(ValueError, match="same levels and shapes"):
+            loss([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 1)])
+        with pytest.raises(ValueError, match="same levels and shapes"):
+            loss([torch.zeros(1, 2, 4, 4)] * 2, [torch.zeros(1, 2, 4, 4)])
