@@ -1,0 +1,17 @@
+"""Datasets: the user's own in COCO format, their checks, the training loader, a synthetic set."""
+
+from kd_detectron.data.checks import DatasetSummary, check_coco_files, check_datasets
+from kd_detectron.data.coco_format import register_coco_format
+from kd_detectron.data.loader import ResumableLoader, build_train_loader
+from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+
+__all__ = [
+    "DatasetSummary",
+    "ResumableLoader",
+    "SYNTHETIC_CLASSES",
+    "build_train_loader",
+    "check_coco_files",
+    "check_datasets",
+    "make_synthetic",
+    "register_coco_format",
+]

@@ -1,0 +1,332 @@
+"""A training loader whose batch of iteration i depends on nothing but seed, ranks and i.
+
+Detectron2's loader answers neither "what would batch 90000 be" nor gives the same augmentation for
+another number of workers, so that a resumed run sees other data than an uninterrupted one. Here:
+
+1. Detectron2's own sampler gives the endless stream of dataset indices; every element has a
+   position in it, the same for any number of processes. Rank r of W takes positions r, r+W, ...
+2. Batches are formed in the main process from indices and the annotated image sizes (grouped by
+   aspect ratio as in Detectron2), so that skipping to iteration i reads no image.
+3. A worker maps the element at a position with Python's, numpy's and torch's random states seeded
+   from (seed, position), and puts the previous states back.
+
+An element that cannot be used is replaced by a choice that also depends on (seed, position) only.
+``tests/data/test_loader.py`` pins all of it.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.build import trivial_batch_collator
+from detectron2.data.detection_utils import SizeMismatchError, read_image
+from detectron2.data.samplers import (
+    RandomSubsetTrainingSampler,
+    RepeatFactorTrainingSampler,
+    TrainingSampler,
+)
+from detectron2.utils import comm
+from detectron2.utils.serialize import PicklableWrapper
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from kd_detectron.errors import ConfigError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+def build_train_loader(
+    cfg: CfgNode, mapper: Callable[[dict], dict | None] | None = None
+) -> "ResumableLoader":
+    """Builds the training loader of a config.
+
+    Args:
+        cfg: a whole config; reads ``DATASETS``, ``DATALOADER`` and ``SOLVER.IMS_PER_BATCH`` as
+            Detectron2's own loader does, and ``DATALOADER.MAX_CORRUPT_IMAGES``.
+        mapper: turns a dataset dict into a model input; Detectron2's ``DatasetMapper`` by default.
+            Where it returns None another image is taken.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the processes, no image is usable, or the
+            sampler is unknown.
+    """
+    world_size = comm.get_world_size()
+    total = cfg.SOLVER.IMS_PER_BATCH
+    if total < 1 or total % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple of"
+            f" {world_size}, e.g. {max(1, round(total / world_size)) * world_size}"
+        )
+    try:
+        dataset_dicts = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=(
+                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
+            ),
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:
+        raise ConfigError(
+            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} gives no usable image: {error}"
+        ) from error
+    return ResumableLoader(
+        dataset_dicts,
+        mapper if mapper is not None else DatasetMapper(cfg, is_train=True),
+        make_sampler=_sampler_factory(cfg, dataset_dicts),
+        batch_size=total // world_size,
+        seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+        group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        max_corrupt_images=cfg.DATALOADER.MAX_CORRUPT_IMAGES,
+        image_format=cfg.INPUT.FORMAT,
+    )
+
+
+class ResumableLoader:
+    """Endless batches; iterating starts at the iteration that :meth:`seek` named.
+
+    Args:
+        dataset_dicts: images in Detectron2's format, each with "file_name", "width", "height".
+        mapper: turns a dataset dict into a model input, or None to have another image taken.
+        make_sampler: builds, for a seed, this rank's sampler of indices into ``dataset_dicts``.
+        batch_size: images of a batch on this rank.
+        seed: seed of the stream until :meth:`seek` names another.
+        group_by_aspect_ratio: batches of only wide or only high images.
+        num_workers: processes that load images; 0 loads in this one.
+        max_corrupt_images: different unreadable images to replace before giving up.
+        image_format: in which unreadable images are tried again, ``INPUT.FORMAT``.
+
+    Attributes:
+        last_file_names: files of the batch given out last, for error messages.
+    """
+
+    def __init__(
+        self,
+        dataset_dicts: list[dict],
+        mapper: Callable[[dict], dict | None],
+        *,
+        make_sampler: Callable[[int], Sampler],
+        batch_size: int,
+        seed: int,
+        group_by_aspect_ratio: bool = True,
+        num_workers: int = 0,
+        max_corrupt_images: int = 0,
+        image_format: str = "BGR",
+    ):
+        self.last_file_names: list[str] = []
+        self._dicts = DatasetFromList(dataset_dicts, copy=False)
+        self._groups = [0] * len(dataset_dicts)
+        if group_by_aspect_ratio:
+            self._groups = [_aspect_ratio_group(record) for record in dataset_dicts]
+        self._mapper = mapper
+        self._make_sampler = make_sampler
+        self._batch_size = batch_size
+        self._num_workers = num_workers
+        self._max_corrupt_images = max_corrupt_images
+        self._image_format = image_format
+        self._corrupt: set[str] = set()
+        self.seek(seed, 0)
+
+    def seek(self, seed: int, iteration: int) -> None:
+        """Sets the stream's seed and the first batch that the next ``iter()`` gives."""
+        self._seed = seed
+        self._iteration = iteration
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        loader = DataLoader(
+            _SeededDataset(
+                self._dicts,
+                self._mapper,
+                seed=self._seed,
+                max_corrupt_images=self._max_corrupt_images,
+                image_format=self._image_format,
+            ),
+            batch_sampler=_BatchSampler(
+                self._make_sampler(self._seed),
+                self._groups,
+                batch_size=self._batch_size,
+                skip=self._iteration,
+            ),
+            num_workers=self._num_workers,
+            collate_fn=trivial_batch_collator,
+            # A generator of its own: otherwise starting the loader draws from the global state,
+            # and a resumed run's draws would no longer follow the uninterrupted one's.
+            generator=torch.Generator().manual_seed(self._seed),
+        )
+        for elements in loader:
+            for element in elements:
+                self._note_corrupt(element)
+            self.last_file_names = [element.file_name for element in elements]
+            yield [element.data for element in elements]
+
+    def _note_corrupt(self, element: "_Element") -> None:
+        # Here and not in the workers, so that one count holds whatever their number.
+        for file_name, reason in element.corrupt.items():
+            self._corrupt.add(file_name)
+            if len(self._corrupt) > self._max_corrupt_images:
+                raise ConfigError(
+                    f"cannot use image '{file_name}' ({reason}) and DATALOADER.MAX_CORRUPT_IMAGES"
+                    f" is {self._max_corrupt_images}; repair or remove the image, or set"
+                    f" DATALOADER.MAX_CORRUPT_IMAGES to at least {len(self._corrupt)}"
+                )
+            logger.warning(
+                "Skipped image '%s' (%s), taking '%s' instead; %d of at most %d such images",
+                file_name,
+                reason,
+                element.file_name,
+                len(self._corrupt),
+                self._max_corrupt_images,
+            )
+
+
+def _sampler_factory(cfg: CfgNode, dataset_dicts: list[dict]) -> Callable[[int], Sampler]:
+    name = cfg.DATALOADER.SAMPLER_TRAIN
+    size = len(dataset_dicts)
+    if name == "TrainingSampler":
+        return lambda seed: TrainingSampler(size, seed=seed)
+    if name == "RepeatFactorTrainingSampler":
+        factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
+            dataset_dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
+        )
+        return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
+    if name == "RandomSubsetTrainingSampler":
+        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
+        return lambda seed: RandomSubsetTrainingSampler(
+            size, ratio, seed_shuffle=seed, seed_subset=seed
+        )
+    known = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
+    raise ConfigError(
+        f"DATALOADER.SAMPLER_TRAIN is '{name}', which cannot be resumed exactly"
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def _aspect_ratio_group(record: dict) -> int:
+    if "width" not in record or "height" not in record:
+        raise ConfigError(
+            f"DATALOADER.ASPECT_RATIO_GROUPING is True but '{record['file_name']}' has no width and"
+            " height in its dataset dict; add them, or set DATALOADER.ASPECT_RATIO_GROUPING to"
+            " False"
+        )
+    return int(record["width"] > record["height"])
+
+
+class _BatchSampler:
+    """Batches of (position, index) pairs, without the first ``skip`` batches.
+
+    Args:
+        sampler: this rank's indices, as Detectron2's samplers give them.
+        groups: for each index the group (0 or 1) whose images share a batch.
+        batch_size: images of a batch on this rank.
+        skip: number of batches to leave out.
+    """
+
+    def __init__(self, sampler: Sampler, groups: list[int], *, batch_size: int, skip: int):
+        self._sampler = sampler
+        self._groups = groups
+        self._batch_size = batch_size
+        self._skip = skip
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        batches: tuple[list, list] = ([], [])
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        to_skip = self._skip
+        for count, index in enumerate(self._sampler):
+            batch = batches[self._groups[index]]
+            batch.append((rank + count * world_size, index))
+            if len(batch) == self._batch_size:
+                full = batch[:]
+                batch.clear()
+                if to_skip:
+                    to_skip -= 1
+                else:
+                    yield full
+
+
+@dataclass(frozen=True)
+class _Element:
+    """A mapped image, and what had to be passed over to get it (file name: reason)."""
+
+    data: dict | None
+    file_name: str
+    corrupt: dict[str, str] = field(default_factory=dict)
+
+
+class _SeededDataset(Dataset):
+    """Maps the image at (position, index), as a function of (seed, position, index) alone."""
+
+    def __init__(
+        self,
+        dicts: DatasetFromList,
+        mapper: Callable[[dict], dict | None],
+        *,
+        seed: int,
+        max_corrupt_images: int,
+        image_format: str,
+    ):
+        self._dicts = dicts
+        self._mapper = PicklableWrapper(mapper)
+        self._seed = seed
+        self._max_corrupt_images = max_corrupt_images
+        self._image_format = image_format
+
+    def __len__(self) -> int:
+        return len(self._dicts)
+
+    def __getitem__(self, key: tuple[int, int]) -> _Element:
+        position, index = key
+        corrupt: dict[str, str] = {}
+        with _seeded(self._seed, position) as choice:
+            for _ in range(10 * len(self._dicts)):
+                record = self._dicts[index]
+                file_name = record["file_name"]
+                try:
+                    data = self._mapper(record)
+                except Exception as error:
+                    corrupt[file_name] = self._unreadable(file_name, error)
+                    if len(corrupt) > self._max_corrupt_images:
+                        return _Element(None, file_name, corrupt)
+                    index = (index + 1) % len(self._dicts)
+                    continue
+                if data is not None:
+                    return _Element(data, file_name, corrupt)
+                # As Detectron2's MapDataset: any other image.
+                index = choice.randrange(len(self._dicts))
+        raise RuntimeError(f"no usable image was found in many tries, the last is '{file_name}'")
+
+    def _unreadable(self, file_name: str, error: Exception) -> str:
+        """Returns why the image cannot be used; raises if the image is not the reason."""
+        if isinstance(error, SizeMismatchError):
+            return str(error)
+        try:
+            read_image(file_name, self._image_format)
+        except Exception as unreadable:
+            return f"{type(unreadable).__name__}: {unreadable}"
+        raise RuntimeError(f"the mapper failed on image '{file_name}'") from error
+
+
+@contextmanager
+def _seeded(seed: int, position: int) -> Iterator[random.Random]:
+    """Seeds the three global random states inside the block; gives a fourth one of its own."""
+    words = np.random.SeedSequence([seed, position]).generate_state(4).tolist()
+    python_state, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
+    random.seed(words[0])
+    np.random.seed(words[1])
+    # Not torch.manual_seed, which would also reseed the GPUs that the model draws from.
+    torch.default_generator.manual_seed(words[2])
+    try:
+        yield random.Random(words[3])
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
