@@ -1,0 +1,29 @@
+"""The config nodes of this project's backbones, ``MODEL.MOBILENETV2`` and ``MODEL.TIMM``."""
+
+from detectron2.config import CfgNode
+
+BACKBONE_NODES = {
+    "build_mobilenetv2_fpn_backbone": "MOBILENETV2",
+    "build_retinanet_mobilenetv2_fpn_backbone": "MOBILENETV2",
+    "build_timm_fpn_backbone": "TIMM",
+    "build_retinanet_timm_fpn_backbone": "TIMM",
+}
+"""The node under ``MODEL`` of each ``MODEL.BACKBONE.NAME`` that this project adds."""
+
+
+def add_backbone_config(cfg: CfgNode) -> None:
+    """Adds the nodes, with their defaults, to a Detectron2 config, in place."""
+    cfg.MODEL.MOBILENETV2 = CfgNode(
+        {
+            # Factor on the number of channels of every layer; torchvision has weights for 1.0.
+            "WIDTH_MULT": 1.0,
+        }
+    )
+    cfg.MODEL.TIMM = CfgNode(
+        {
+            # A name of timm.list_models(), such as "mobilenetv3_large_100".
+            "NAME": "",
+            # Start from timm's weights; only without MODEL.WEIGHTS.
+            "PRETRAINED": True,
+        }
+    )

@@ -1,0 +1,125 @@
+"""MobileNetV2 with an FPN, the student of the papers' R50-MV2 rows, from torchvision's layers.
+
+Paper: MobileNetV2, CVPR 2018 (arXiv 1801.04381). Stages are the last blocks at strides 4, 8, 16
+and 32: 24, 32, 96 and 320 channels at width 1, named "res2".."res5" as Detectron2 names a ResNet's.
+torchvision's last 1x1 convolution to 1280 channels and its classifier are left out. The layers keep
+torchvision's names (``features.<index>``), so that ``MODEL.WEIGHTS: torchvision://mobilenet_v2``
+loads as it is; images are then to be RGB with torchvision's mean and std.
+
+Images (N, 3, H, W), features (N, C, H/stride, W/stride). Test against torchvision's own network:
+``test_converted_mobilenetv2_gives_torchvision_activations``.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling.backbone import FPN, Backbone
+
+from kd_detectron.backbones.pyramid import (
+    STAGE_STRIDES,
+    build_pyramid,
+    check_norm,
+    pyramid_stages,
+)
+from kd_detectron.errors import ConfigError
+
+# Index of the last block of each stage in torchvision's ``features``; "stem" has stride 2.
+_LAST_BLOCKS = {"stem": 1, "res2": 3, "res3": 6, "res4": 13, "res5": 17}
+
+
+class MobileNetV2(Backbone):
+    """torchvision's MobileNetV2 as a Detectron2 backbone."""
+
+    def __init__(
+        self,
+        *,
+        width_mult: float = 1.0,
+        norm: str = "FrozenBN",
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        freeze_at: int = 0,
+    ):
+        """
+        Args:
+            width_mult: factor on the number of channels of every layer.
+            norm: "FrozenBN", "BN" or "SyncBN".
+            out_features: the stages to return, of "res2".."res5"; later layers are not built.
+            freeze_at: stages to freeze, counted as for ResNet: 1 the layers before stride 4,
+                2 also res2, ... 5 everything.
+
+        Raises:
+            ConfigError: ``norm`` or ``width_mult`` cannot be used.
+        """
+        super().__init__()
+        check_norm(norm)
+        if not 0 < width_mult < float("inf"):
+            raise ConfigError(
+                f"MODEL.MOBILENETV2.WIDTH_MULT is {width_mult}: set it to a positive number, 1.0"
+                " for the network that torchvision has weights for"
+            )
+        network = torchvision.models.mobilenet_v2(
+            weights=None, width_mult=width_mult, norm_layer=partial(get_norm, norm)
+        )
+        last = max(_LAST_BLOCKS[stage] for stage in out_features)
+        self.features = network.features[: last + 1]
+        self._stage_of_block = {_LAST_BLOCKS[stage]: stage for stage in out_features}
+        self._out_features = list(out_features)
+        self._out_feature_strides = {stage: STAGE_STRIDES[stage] for stage in out_features}
+        self._out_feature_channels = {
+            stage: self.features[_LAST_BLOCKS[stage]].out_channels for stage in out_features
+        }
+        self.freeze(freeze_at)
+
+    def freeze(self, freeze_at: int) -> None:
+        """Freezes the first stages: no gradients, and BatchNorm becomes FrozenBatchNorm."""
+        frozen = list(_LAST_BLOCKS)[:freeze_at]
+        for index in range(_LAST_BLOCKS[frozen[-1]] + 1 if frozen else 0):
+            if index < len(self.features):
+                block = FrozenBatchNorm2d.convert_frozen_batchnorm(self.features[index])
+                block.requires_grad_(False)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Maps images (N, 3, H, W) to the features of each stage, by its name."""
+        outputs = {}
+        features = images
+        for index, block in enumerate(self.features):
+            features = block(features)
+            if index in self._stage_of_block:
+                outputs[self._stage_of_block[index]] = features
+        return outputs
+
+
+def _build(cfg: CfgNode, input_shape: ShapeSpec, *, retinanet: bool) -> FPN:
+    if input_shape.channels != 3:
+        raise ConfigError(
+            f"MODEL.PIXEL_MEAN has {input_shape.channels} channels and MobileNetV2 takes 3: set"
+            " three values, or use another MODEL.BACKBONE.NAME"
+        )
+    stages = pyramid_stages(cfg)
+    bottom_up = MobileNetV2(
+        width_mult=cfg.MODEL.MOBILENETV2.WIDTH_MULT,
+        norm=cfg.MODEL.RESNETS.NORM,
+        out_features=stages,
+        freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
+    )
+    return build_pyramid(cfg, bottom_up, stages=stages, retinanet=retinanet)
+
+
+@BACKBONE_REGISTRY.register()
+def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """Builds MobileNetV2 with an FPN from ``MODEL.MOBILENETV2``, ``RESNETS.NORM`` and ``FPN``.
+
+    Raises:
+        ConfigError: a value of these nodes cannot be used.
+    """
+    return _build(cfg, input_shape, retinanet=False)
+
+
+@BACKBONE_REGISTRY.register()
+def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
+    return _build(cfg, input_shape, retinanet=True)

@@ -1,0 +1,74 @@
+"""Puts Detectron2's own FPN on a network that Detectron2 does not have."""
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+
+from kd_detectron.errors import ConfigError, did_you_mean
+
+STAGE_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+"""Detectron2's names of a network's stages, and the strides in pixels that they stand for."""
+
+BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
+"""What ``MODEL.RESNETS.NORM`` may be for these networks, whose weights are trained with BatchNorm
+and whose channel numbers GroupNorm does not divide."""
+
+
+def check_norm(norm: str) -> None:
+    """Raises ConfigError for another ``MODEL.RESNETS.NORM`` than :data:`BATCH_NORMS`."""
+    if norm not in BATCH_NORMS:
+        raise ConfigError(
+            f"MODEL.RESNETS.NORM is '{norm}', which this backbone does not have"
+            f"{did_you_mean(norm, BATCH_NORMS)}"
+        )
+
+
+def pyramid_stages(cfg: CfgNode) -> list[str]:
+    """Returns ``MODEL.FPN.IN_FEATURES``, checked.
+
+    Raises:
+        ConfigError: it is empty or names something else than res2 to res5.
+    """
+    stages = list(cfg.MODEL.FPN.IN_FEATURES)
+    if not stages:
+        raise ConfigError(
+            "MODEL.FPN.IN_FEATURES is empty: set it to the stages that the FPN reads, such as"
+            " ['res2', 'res3', 'res4', 'res5']"
+        )
+    for stage in stages:
+        if stage not in STAGE_STRIDES:
+            raise ConfigError(
+                f"MODEL.FPN.IN_FEATURES names '{stage}', which this backbone does not have"
+                f"{did_you_mean(stage, STAGE_STRIDES)}"
+            )
+    return stages
+
+
+def build_pyramid(
+    cfg: CfgNode, bottom_up: Backbone, *, stages: Sequence[str], retinanet: bool = False
+) -> FPN:
+    """Builds Detectron2's FPN as its ResNet builders do: p2..p6, or p3..p7 for RetinaNet.
+
+    Args:
+        cfg: the config; ``MODEL.FPN`` is read.
+        bottom_up: the network.
+        stages: names of the network's outputs that the FPN reads, fine to coarse.
+        retinanet: whether p6 and p7 are convolutions on the network's last output, as RetinaNet
+            has them, instead of a pooled p5.
+    """
+    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    if retinanet:
+        last = stages[-1]
+        top_block = LastLevelP6P7(bottom_up.output_shape()[last].channels, channels, last)
+    else:
+        top_block = LastLevelMaxPool()
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=stages,
+        out_channels=channels,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

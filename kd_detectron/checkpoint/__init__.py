@@ -1,0 +1,32 @@
+"""Weights in and out: resumable runs, torchvision's ImageNet networks, students for Detectron2.
+
+Importing this package registers ``torchvision://`` with Detectron2's PathManager.
+"""
+
+from kd_detectron.checkpoint.checkpointer import (
+    DistillationCheckpointer,
+    UnreadableCheckpointError,
+)
+from kd_detectron.checkpoint.export import ExportedStudent, export_student, student_config
+from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_stale_files
+from kd_detectron.checkpoint.torchvision_weights import (
+    TORCHVISION_NETWORKS,
+    convert_torchvision_state,
+    torchvision_layout,
+    torchvision_url,
+)
+
+__all__ = [
+    "TORCHVISION_NETWORKS",
+    "CheckpointWriteError",
+    "DistillationCheckpointer",
+    "ExportedStudent",
+    "UnreadableCheckpointError",
+    "atomic_open",
+    "convert_torchvision_state",
+    "export_student",
+    "remove_stale_files",
+    "student_config",
+    "torchvision_layout",
+    "torchvision_url",
+]
