@@ -18,7 +18,7 @@ import io
 import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -30,7 +30,7 @@ from kd_detectron.errors import ConfigError
 
 MISSING = "-"
 TEACHER = "teacher"
-_TEXT_COLUMNS = ("method", "pair", "detector")
+_TEXT_COLUMNS = ("method", "pair")
 
 # What may differ between two runs of one experiment: it changes nothing that a row is about.
 _NOT_THE_EXPERIMENT = frozenset(
@@ -70,10 +70,18 @@ class Statistic:
 
 @dataclass(frozen=True)
 class TeacherResult:
-    """A teacher's AP: ``name`` is its backbone ("R101"), None if it is any row's teacher."""
+    """A teacher's AP.
 
-    name: str | None
+    Attributes:
+        results: AP by task and metric, as in ``Run``.
+        name: its backbone, such as "R101"; None if it is any row's teacher.
+        detector: such as "Faster R-CNN"; None if it is any row's teacher.
+        run: the run that trained it, if known.
+    """
+
     results: Mapping[str, Mapping[str, float]]
+    name: str | None = None
+    detector: str | None = None
     run: Run | None = None
 
 
@@ -100,23 +108,34 @@ class ResultTable:
     rows: list[Row]
     notes: list[str]
 
-    def text(self, style: str = "simple") -> str:
-        """Renders the table and its notes for a terminal, in one of tabulate's styles."""
-        headers, cells = self._cells()
-        alignment = ["left" if header in _TEXT_COLUMNS else "right" for header in headers]
-        body = tabulate(
-            cells, headers=headers, tablefmt=style, colalign=alignment, disable_numparse=True
-        )
-        bullet = "- " if style in ("github", "pipe") else "* "
-        return "\n".join([body, *([""] if self.notes else []), *(bullet + n for n in self.notes)])
+    def text(self) -> str:
+        """Renders one table a detector, and the notes, for a terminal."""
+        return self._render("simple", title="{}\n", line_break="\n", bullet="* ")
 
     def markdown(self) -> str:
-        """Renders the table and its notes as Markdown."""
-        return self.text("pipe")
+        """Renders one table a detector, and the notes, as Markdown."""
+        return self._render("pipe", title="### {}\n", line_break=" ", bullet="- ")
+
+    def _render(self, style: str, *, title: str, line_break: str, bullet: str) -> str:
+        blocks = []
+        for detector in dict.fromkeys(row.detector for row in self.rows):
+            headers, cells = _cells([row for row in self.rows if row.detector == detector])
+            alignment = ["left" if header in _TEXT_COLUMNS else "right" for header in headers]
+            body = tabulate(
+                cells,
+                headers=[header.replace(" ", line_break) for header in headers],
+                tablefmt=style,
+                colalign=alignment,
+                disable_numparse=True,
+            )
+            blocks.append(f"{title.format(detector)}\n{body}")
+        if self.notes:
+            blocks.append("\n".join(bullet + note for note in self.notes))
+        return "\n\n".join(blocks)
 
     def csv(self) -> str:
         """Renders the rows as CSV: means and deviations in columns of their own."""
-        tasks, published = self._tasks(), self._published()
+        tasks, published = _tasks(self.rows), _published(self.rows)
         headers = ["method", "pair", "detector", "runs"]
         for task in tasks:
             for metric in METRICS:
@@ -140,41 +159,6 @@ class ResultTable:
             writer.writerow("" if cell is None else cell for cell in cells)
         return buffer.getvalue()
 
-    def _tasks(self) -> list[str]:
-        """Tasks that any row has a value for; box AP always."""
-        found = {task for row in self.rows for task, _ in (*row.metrics, *row.paper)}
-        return [task for task in TASKS if task == "bbox" or task in found]
-
-    def _published(self) -> list[tuple[str, str]]:
-        found = {key for row in self.rows for key in row.paper}
-        return [(task, metric) for task in TASKS for metric in METRICS if (task, metric) in found]
-
-    def _cells(self) -> tuple[list[str], list[list[str]]]:
-        tasks, published = self._tasks(), self._published()
-        with_detector = len({row.detector for row in self.rows}) > 1
-        headers = ["method", "pair"] + (["detector"] if with_detector else [])
-        for task in tasks:
-            headers += [f"{TASKS[task]} {metric}" for metric in METRICS]
-            headers += [f"{TASKS[task]} gain", f"{TASKS[task]} gap closed"]
-        headers.append("training time")
-        headers += [f"paper {TASKS[task]} {metric}" for task, metric in published]
-        paper_gains = [task for task in tasks if any(task in row.paper_gain for row in self.rows)]
-        headers += [f"paper {TASKS[task]} gain" for task in paper_gains]
-
-        cells = []
-        for row in self.rows:
-            name = row.method + (f" (n={row.runs})" if row.runs > 1 else "")
-            line = [name, row.pair] + ([row.detector] if with_detector else [])
-            for task in tasks:
-                line += [_show(row.metrics.get((task, metric))) for metric in METRICS]
-                line.append(_show_gain(row.gain.get(task)))
-                line.append(_show_share(row.gap_closed.get(task)))
-            line.append(_show_time(row.seconds))
-            line += [_show_number(row.paper.get(key)) for key in published]
-            line += [_show_gain(row.paper_gain.get(task)) for task in paper_gains]
-            cells.append(line)
-        return headers, cells
-
 
 def build_table(
     runs: Sequence[Run],
@@ -193,7 +177,7 @@ def build_table(
         published: the published numbers, as ``published_numbers`` returns them; None shows none.
 
     Returns:
-        The table: teachers first, then by pair the baseline and the distilled students.
+        The table: for each detector teachers first, then by student baseline and distilled runs.
 
     Raises:
         ConfigError: there is no run, or one of ``baselines`` was trained with distillation.
@@ -208,6 +192,8 @@ def build_table(
             )
     named = {run.path.resolve() for run in baselines}
     groups = _group([*baselines, *(run for run in runs if run.path.resolve() not in named)])
+    if len({group[0].detector for group in groups}) > 1:
+        teachers = [_with_detector(teacher) for teacher in teachers]
     notes: list[str] = []
     rows = [_teacher_row(teacher, groups[0][0], published) for teacher in teachers]
     for group, label in zip(groups, _labels(groups), strict=True):
@@ -240,8 +226,8 @@ def build_table(
 
     rows.sort(
         key=lambda row: (
-            row.method != TEACHER,
             row.detector,
+            row.method != TEACHER,
             row.pair.split("-")[-1],
             not row.method.startswith(BASELINE),
             row.pair,
@@ -260,7 +246,8 @@ def load_teacher(path: str | Path) -> TeacherResult:
     Args:
         path: a run folder, or a JSON object with ``"AP"`` (box AP) and any other metrics, or with
             ``"bbox"`` and ``"segm"`` objects of them, or with these under ``"results"``; an
-            optional ``"name"`` ("R101") limits it to the rows of that teacher.
+            optional ``"name"`` ("R101") and ``"detector"`` ("Mask R-CNN") limit it to the rows of
+            that teacher and that detector.
 
     Raises:
         ConfigError: there is no such file, or it holds no AP.
@@ -272,7 +259,7 @@ def load_teacher(path: str | Path) -> TeacherResult:
             raise ConfigError(
                 f"the teacher's run folder {path} holds no AP: it was never evaluated"
             )
-        return TeacherResult(run.student, run.results, run)
+        return TeacherResult(run.results, run.student, run.detector, run)
     if not path.is_file():
         raise ConfigError(f"the teacher {path} is neither a run folder nor a JSON file")
     try:
@@ -293,7 +280,7 @@ def load_teacher(path: str | Path) -> TeacherResult:
             if isinstance(results.get(task), dict) and "AP" in results[task]
         }
         if kept:
-            return TeacherResult(record.get("name"), kept)
+            return TeacherResult(kept, record.get("name"), record.get("detector"))
     raise ConfigError(f'the teacher\'s file {path} holds no "AP": write {{"AP": 42.0}} into it')
 
 
@@ -401,7 +388,7 @@ def _teacher_of(
     run: Run, teachers: Sequence[TeacherResult], notes: list[str]
 ) -> TeacherResult | None:
     fitting = [t for t in teachers if t.name in (None, run.teacher)]
-    fitting = [t for t in fitting if t.run is None or t.run.detector == run.detector]
+    fitting = [t for t in fitting if t.detector in (None, run.detector)]
     if teachers and len(fitting) != 1:
         notes.append(
             f"{'Several teachers fit' if fitting else 'No teacher fits'} {run.detector} "
@@ -449,13 +436,20 @@ def _add_gains(
             )
 
 
+def _with_detector(teacher: TeacherResult) -> TeacherResult:
+    """Says which detector a teacher is, where a file left it open: box AP alone is Faster R-CNN."""
+    guess = "Mask R-CNN" if "segm" in teacher.results else "Faster R-CNN"
+    return replace(teacher, detector=teacher.detector or guess)
+
+
 def _teacher_row(teacher: TeacherResult, run: Run, published: Mapping | None) -> Row:
     """A teacher's row; what a JSON file does not say is taken from ``run``, the table's first."""
-    source = teacher.run or run
+    detector = teacher.detector or run.detector
+    dataset = (teacher.run or run).test_dataset
     return Row(
         method=TEACHER,
         pair=teacher.name or MISSING,
-        detector=source.detector,
+        detector=detector,
         runs=1,
         metrics={
             (task, metric): Statistic(value, None, 1)
@@ -463,9 +457,7 @@ def _teacher_row(teacher: TeacherResult, run: Run, published: Mapping | None) ->
             for metric, value in values.items()
         },
         seconds=Statistic.of([teacher.run.seconds] if teacher.run else []),
-        paper=_paper(
-            published, source.test_dataset, source.detector, f"{teacher.name}-*", "Teacher"
-        ),
+        paper=_paper(published, dataset, detector, f"{teacher.name}-*", "Teacher"),
     )
 
 
@@ -486,6 +478,42 @@ def _paper(
             values = zip(table["metrics"], methods[method], strict=True)
             return {(task, metric): value for metric, value in values if value is not None}
     return {}
+
+
+def _tasks(rows: Sequence[Row]) -> list[str]:
+    """Tasks that any row has a value for; box AP always."""
+    found = {task for row in rows for task, _ in (*row.metrics, *row.paper)}
+    return [task for task in TASKS if task == "bbox" or task in found]
+
+
+def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    found = {key for row in rows for key in row.paper}
+    return [(task, metric) for task in TASKS for metric in METRICS if (task, metric) in found]
+
+
+def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of one printed table."""
+    tasks, published = _tasks(rows), _published(rows)
+    paper_gains = [task for task in tasks if any(task in row.paper_gain for row in rows)]
+    headers = list(_TEXT_COLUMNS)
+    for task in tasks:
+        headers += [f"{TASKS[task]} {metric}" for metric in METRICS]
+        headers += [f"{TASKS[task]} gain", f"{TASKS[task]} gap closed"]
+    headers.append("training time")
+    headers += [f"paper {TASKS[task]} {metric}" for task, metric in published]
+    headers += [f"paper {TASKS[task]} gain" for task in paper_gains]
+
+    cells = []
+    for row in rows:
+        line = [row.method + (f" (n={row.runs})" if row.runs > 1 else ""), row.pair]
+        for task in tasks:
+            line += [_show(row.metrics.get((task, metric))) for metric in METRICS]
+            line += [_show_gain(row.gain.get(task)), _show_share(row.gap_closed.get(task))]
+        line.append(_show_time(row.seconds))
+        line += [_show_number(row.paper.get(key)) for key in published]
+        line += [_show_gain(row.paper_gain.get(task)) for task in paper_gains]
+        cells.append(line)
+    return headers, cells
 
 
 def _show(value: Statistic | None) -> str:
