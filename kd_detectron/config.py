@@ -15,6 +15,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
+from kd_detectron.backbones.config import add_backbone_config
 from kd_detectron.errors import ConfigError, did_you_mean
 
 CN = CfgNode
@@ -128,15 +129,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Unreadable images that a run may skip before it stops.
     cfg.DATALOADER.MAX_CORRUPT_IMAGES = 0
 
-    # ---- students that Detectron2 lacks ----
-    cfg.MODEL.MOBILENETV2 = CN()
-    # Width multiplier of torchvision's mobilenet_v2.
-    cfg.MODEL.MOBILENETV2.WIDTH_MULT = 1.0
-    cfg.MODEL.TIMM = CN()
-    # Any timm network with features_only, e.g. "mobilenetv3_large_100".
-    cfg.MODEL.TIMM.NAME = ""
-    # Load timm's own weights for it.
-    cfg.MODEL.TIMM.PRETRAINED = True
+    add_backbone_config(cfg)
 
     # ---- solver ----
     # Batches of IMS_PER_BATCH images whose gradients are averaged before one optimizer step.

@@ -30,7 +30,8 @@ from torch.multiprocessing import ProcessExitedException
 
 from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.config import find_config, get_config
-from kd_detectron.data.coco_format import check_datasets, register_coco_format
+from kd_detectron.data.checks import check_datasets
+from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
 
@@ -179,7 +180,7 @@ def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:
 
 def train(cfg: CfgNode, *, resume: bool) -> None:
     """Trains, evaluates and exports the student of a config."""
-    for summary in check_datasets(cfg):
+    for summary in check_datasets(cfg).values():
         logger.info("%s", summary)
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=resume)
@@ -218,7 +219,7 @@ def log_start(trainer: DistillationTrainer) -> None:
 
 def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
     """Evaluates ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``."""
-    check_datasets(cfg)
+    check_datasets(cfg, train=False)
     model = DistillationTrainer.build_model(cfg)
     DistillationCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillationTrainer.test(cfg, model)
@@ -231,7 +232,7 @@ def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
 
 def evaluate_teacher(cfg: CfgNode) -> dict:
     """The teacher's AP on the student's test data, with the student's evaluator and image sizes."""
-    check_datasets(cfg)
+    check_datasets(cfg, train=False)
     with_weights = teacher_config(cfg)
     model = build_teacher_model(with_weights)
     with_weights.DATASETS.TEST = cfg.DATASETS.TEST
@@ -248,7 +249,7 @@ def check(cfg: CfgNode) -> None:
     Raises:
         ConfigError: the first thing that would stop the training.
     """
-    for summary in check_datasets(cfg):
+    for summary in check_datasets(cfg).values():
         print(f"data     {summary}")
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=False)

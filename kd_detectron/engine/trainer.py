@@ -18,7 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
-from detectron2.modeling import GeneralizedRCNNWithTTA, build_model
+from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -109,12 +109,6 @@ class DistillationTrainer(DefaultTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
-
-    @classmethod
-    def build_model(cls, cfg: CfgNode):
-        model = build_model(cfg)
-        logging.getLogger("kd_detectron.model").debug("Model:\n%s", model)
-        return model
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

@@ -1,0 +1,258 @@
+"""Training: resume follows the uninterrupted run, two processes train, results are written."""
+
+import json
+import math
+import os
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from tiny import NUM_CLASSES, distilled_cfg
+
+from kd_detectron.data.coco_format import register_coco_format
+from kd_detectron.engine import DistillationTrainer
+from kd_detectron.engine.hooks import schedule_factor
+from kd_detectron.engine.main import main
+from kd_detectron.errors import NonFiniteLossError
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Six noisy images with two boxes each, in COCO format; returns DATASETS.COCO_FORMAT."""
+    random = np.random.default_rng(0)
+    images, annotations = [], []
+    for index in range(6):
+        height, width = (64, 96) if index % 3 else (96, 64)
+        picture = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        cv2.imwrite(str(tmp_path / f"{index}.png"), picture)
+        images.append(
+            {"id": index + 1, "file_name": f"{index}.png", "height": height, "width": width}
+        )
+        for box in range(2):
+            x, y = random.integers(0, 30, 2).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index + 1,
+                    "category_id": 1 + (index + box) % NUM_CLASSES,
+                    "bbox": [x, y, 24, 20],
+                    "area": 480,
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + 24, y, x + 24, y + 20, x, y + 20]],
+                }
+            )
+    categories = [{"id": k + 1, "name": f"class {k}"} for k in range(NUM_CLASSES)]
+    path = tmp_path / "annotations.json"
+    path.write_text(
+        json.dumps({"images": images, "annotations": annotations, "categories": categories})
+    )
+    return [[f"tiny_{tmp_path.name}", str(path), str(tmp_path)]]
+
+
+def run_cfg(tmp_path, dataset, output, opts=()):
+    cfg = distilled_cfg(
+        tmp_path,
+        opts=[
+            *("DATASETS.COCO_FORMAT", dataset),
+            *("DATASETS.TRAIN", (dataset[0][0],)),
+            *("DATASETS.TEST", (dataset[0][0],)),
+            *("SOLVER.MAX_ITER", 6),
+            *("SOLVER.CHECKPOINT_PERIOD", 3),
+            *("SOLVER.WARMUP_ITERS", 2),
+            *("SOLVER.STEPS", (5,)),
+            *("OUTPUT_DIR", str(tmp_path / output)),
+            *opts,
+        ],
+    )
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    register_coco_format(cfg)
+    return cfg
+
+
+def train(cfg, resume=False, until=None):
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    if until is not None:
+
+        def stop():
+            if trainer.iter == until:
+                raise InterruptedError
+
+        trainer._hooks[-1].before_step = stop
+        with pytest.raises(InterruptedError):
+            trainer.train()
+    else:
+        trainer.train()
+    return trainer
+
+
+def losses_by_iteration(cfg):
+    with open(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), encoding="utf-8") as file:
+        records = [json.loads(line) for line in file]
+    return {
+        record["iteration"]: {k: v for k, v in record.items() if "loss" in k}
+        for record in records
+        if "total_loss" in record
+    }
+
+
+def weights(cfg):
+    path = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
+    return torch.load(path, weights_only=True)
+
+
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset):
+    straight = run_cfg(tmp_path, dataset, "straight")
+    train(straight)
+    broken = run_cfg(tmp_path, dataset, "broken")
+    train(broken, until=4)  # the last checkpoint is that of iteration 2
+    train(broken, resume=True)
+    expected, actual = weights(straight), weights(broken)
+    for name, tensor in expected["model"].items():
+        assert torch.equal(tensor, actual["model"][name]), name
+    assert losses_by_iteration(broken)[5] == losses_by_iteration(straight)[5]
+    momentum = expected["trainer"]["_trainer"]["optimizer"]["state"]
+    for key, state in momentum.items():
+        other = actual["trainer"]["_trainer"]["optimizer"]["state"][key]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], other)
+
+
+def test_run_without_a_seed_keeps_its_random_one_over_a_resume(tmp_path, dataset):
+    cfg = run_cfg(tmp_path, dataset, "random", ["SEED", -1])
+    first = train(cfg, until=4)
+    second = train(cfg, resume=True)
+    assert second.seed == first.seed
+
+
+def test_finished_run_leaves_student_result_and_metrics(tmp_path, dataset):
+    cfg = run_cfg(tmp_path, dataset, "run", ["TEST.EVAL_PERIOD", 3])
+    train(cfg)
+    folder = tmp_path / "run"
+    result = json.loads((folder / "result.json").read_text())
+    assert result["finished"] and result["iterations"] == 6 and "AP" in result["results"]["bbox"]
+    assert result["distillers"] == ["CKD", "ReviewKD"]
+    assert (folder / "model_best.pth").is_file()
+    student = torch.load(folder / "student_final.pth", weights_only=True)["model"]
+    plain_cfg = get_cfg()
+    plain_cfg.merge_from_file(str(folder / "config.yaml"))
+    plain = build_model(plain_cfg)
+    assert set(plain.state_dict()) == set(student)
+    assert {"loss_ckd", "loss_reviewkd", "loss_cls"} <= set(losses_by_iteration(cfg)[5])
+
+
+def test_non_finite_loss_stops_before_the_weights_change(tmp_path, dataset):
+    cfg = run_cfg(tmp_path, dataset, "nan")
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    distiller = trainer.model.distillers["CKD"]
+    original = distiller.forward
+
+    def forward(context):
+        losses = original(context)
+        if trainer.iter == 4:
+            losses["loss_ckd"] = losses["loss_ckd"] * float("nan")
+        return losses
+
+    distiller.forward = forward
+    before = {}
+    trainer._step_seed.before_step, seed = (
+        lambda: (before.update(copy(trainer.model)), seed()),
+        trainer._step_seed.before_step,
+    )
+    with pytest.raises(NonFiniteLossError, match=r"iteration 4.*loss_ckd=nan.*\.png"):
+        trainer.train()
+    for name, tensor in trainer.model.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+    assert (tmp_path / "nan" / "model_0000002.pth").is_file()
+
+
+def copy(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def test_accumulated_gradients_equal_the_large_batch(tmp_path, dataset):
+    opts = [
+        *("MODEL.RESNETS.NORM", "FrozenBN"),
+        *("KD.DISTILLERS", ["FGFI"]),
+        *("KD.FGFI.WEIGHT", 0.0),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4096),
+        *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100000),
+        *("SOLVER.MAX_ITER", 1),
+        *("SOLVER.STEPS", ()),
+        *("DATALOADER.ASPECT_RATIO_GROUPING", False),
+        *("INPUT.RANDOM_FLIP", "none"),
+    ]
+    large = train(run_cfg(tmp_path, dataset, "large", [*opts, "SOLVER.IMS_PER_BATCH", 2]))
+    small = train(
+        run_cfg(
+            tmp_path,
+            dataset,
+            "small",
+            [*opts, "SOLVER.IMS_PER_BATCH", 1, "SOLVER.ACCUMULATE_STEPS", 2],
+        )
+    )
+    # With every anchor and proposal sampled, only loss normalisation could differ: the box losses
+    # are means over all proposals of a batch, so only the RPN's, a mean over images, are compared.
+    for name, parameter in large.model.named_parameters():
+        if name.startswith("proposal_generator"):
+            other = dict(small.model.named_parameters())[name]
+            torch.testing.assert_close(parameter.grad, other.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [1, 1, 1, 1]),
+        ({"warmup_iters": 3}, [0.25, 0.5, 0.75, 1]),
+        ({"stop_iter": 2}, [1, 1, 0, 0]),
+        ({"decay": "linear"}, [1, 0.75, 0.5, 0.25]),
+        ({"decay": "cosine"}, [(1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]),
+        ({"decay": "linear", "warmup_iters": 1, "stop_iter": 3}, [0.5, 1, 0.5, 0]),
+    ],
+)
+def test_schedule_warms_up_decays_and_stops(options, expected):
+    options = {"warmup_iters": 0, "decay": "none", "stop_iter": 0, "max_iter": 4} | options
+    assert [schedule_factor(i, **options) for i in range(4)] == pytest.approx(expected)
+
+
+def arguments(cfg, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(cfg.dump())
+    return ["--config-file", str(path)]
+
+
+def test_two_processes_train_a_distilled_step(tmp_path, dataset):
+    """DistributedDataParallel waits for every parameter: one left out would be an error."""
+    opts = ["SOLVER.MAX_ITER", 2, "KD.DISTILLERS", ["CKD", "ReviewKD", "DKD", "FitNet"]]
+    cfg = run_cfg(tmp_path, dataset, "two", opts)
+    assert main(["--num-gpus", "2", "--dist-url", "auto", *arguments(cfg, tmp_path)]) == 0
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["finished"]
+
+
+def test_command_line_checks_evaluates_and_refuses(tmp_path, dataset, capfd):
+    cfg = run_cfg(tmp_path, dataset, "cli", ["SOLVER.MAX_ITER", 2])
+    command = arguments(cfg, tmp_path)
+    os.rmdir(cfg.OUTPUT_DIR)
+    assert main([*command, "--check"]) == 0
+    printed = capfd.readouterr().out
+    assert "loss_ckd" in printed and "ready to train" in printed
+    assert not os.path.exists(cfg.OUTPUT_DIR), "--check leaves nothing behind"
+
+    assert main(command) == 0
+    assert "bbox" in json.loads((tmp_path / "cli" / "result.json").read_text())["results"]
+    assert main(command) == 2
+    assert "OUTPUT_DIR" in capfd.readouterr().err
+    assert main([*command, "--resume"]) == 0
+
+    final = str(tmp_path / "cli" / "model_final.pth")
+    for mode in ("--eval-only", "--eval-teacher"):
+        opts = ["MODEL.WEIGHTS", final, "OUTPUT_DIR", str(tmp_path / mode)]
+        assert main([*command, mode, *opts]) == 0
+        assert "AP50" in capfd.readouterr().out
+
+    assert main([*command, "--check", "KD.DISTILLERS", "['Ckdd']"]) == 2
+    assert main([*command, "--check", "KD.CKD.TEMPERATUR", "1"]) == 2
+    assert "did you mean KD.CKD.TEMPERATURE" in capfd.readouterr().err
