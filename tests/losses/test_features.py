@@ -112,6 +112,7 @@ BOXES = torch.tensor([[0.0, 0, 10, 5], [8, 0, 18, 10]])
     "boxes, psi, expected",
     [
         (BOXES, 0.5, [[True, True]]),  # each location is near one box
+        (BOXES, 0.9, [[True, True]]),  # 0.5 > 0.45: each box has its own best anchor
         (BOXES[:1], 0.5, [[True, False]]),  # 0.5 > 0.25, 0 is not
         (BOXES[1:], 0.5, [[False, True]]),  # 0.111 is not above 0.333
         (BOXES[1:], 0.1, [[True, True]]),  # 0.111 > 0.067

@@ -68,6 +68,12 @@ def test_dkd_is_both_divergences_weighted_apart(
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
+def test_dkd_with_two_foreground_classes_keeps_the_non_target_term(student, teacher):
+    student, teacher, targets = student[:3, :3], teacher[:3, :3], torch.tensor([0, 1, 2])
+    expected = reference_dkd(student, teacher, targets, 1.0, 4.0, 1.0)
+    assert dkd_loss(student, teacher, targets, beta=4.0).item() == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_dkd_with_the_teachers_own_confidence_as_beta_is_kd(student, teacher, targets, temperature):
     confidence = (teacher / temperature).softmax(dim=1)[torch.arange(R), targets]
