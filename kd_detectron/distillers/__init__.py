@@ -1,13 +1,22 @@
 """One file a distillation method; importing this package registers them all."""
 
 from .base import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from .bickd import BicKD
+from .ckd import CKD
+from .crd import CRD
+from .dcd import DCD
 from .dkd import DKD
 from .fgfi import FGFI
 from .fitnet import FitNet
 from .kd import KD
 from .reviewkd import ReviewKD
+from .supcon import SupCon
 
 __all__ = [
+    "BicKD",
+    "CKD",
+    "CRD",
+    "DCD",
     "DISTILLER_REGISTRY",
     "DKD",
     "Distiller",
@@ -16,5 +25,6 @@ __all__ = [
     "KD",
     "ModelSpec",
     "ReviewKD",
+    "SupCon",
     "build_distiller",
 ]
