@@ -27,7 +27,6 @@ from detectron2.data import DatasetFromList, DatasetMapper, get_detection_datase
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.data.samplers import (
-    RandomSubsetTrainingSampler,
     RepeatFactorTrainingSampler,
     TrainingSampler,
 )
@@ -195,12 +194,7 @@ def _sampler_factory(cfg: CfgNode, dataset_dicts: list[dict]) -> Callable[[int],
             dataset_dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    if name == "RandomSubsetTrainingSampler":
-        ratio = cfg.DATALOADER.RANDOM_SUBSET_RATIO
-        return lambda seed: RandomSubsetTrainingSampler(
-            size, ratio, seed_shuffle=seed, seed_subset=seed
-        )
-    known = ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
+    known = ["TrainingSampler", "RepeatFactorTrainingSampler"]
     raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN is '{name}', which cannot be resumed exactly"
         f"{did_you_mean(name, known)}"

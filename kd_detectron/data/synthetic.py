@@ -1,14 +1,14 @@
 """A small synthetic detection dataset in COCO format, made in seconds, the same for the same seed.
 
 For the demo and for trying things without downloading: textured backgrounds with clutter, on them
-overlapping shapes of eight classes, from a few pixels to half the image, with masks and boxes of
-their visible parts. Made so that a better network does better: every object has random colours, so
-colour says nothing; four pairs of classes share an outline or nearly so (disc and target, square
-and window, triangle and kite, star and cross) and the difference is a detail that blur, noise and
-occlusion eat away at small sizes.
+overlapping shapes of eight classes, from a tenth of the image to over half of it, with masks and
+boxes of their visible parts. Made so that a better network does better: every object has random
+colours, so colour says nothing; four pairs of classes share an outline or nearly so (disc and
+target, square and window, triangle and kite, star and cross), and the difference is a detail that
+blur, noise and occlusion eat away at small sizes.
 
 Shapes are drawn at four times the size and averaged down; masks are traced at that fine size, so
-that polygons fit to about an eighth of a pixel. Every image has its own random stream, (seed,
+that polygons fit to about a quarter of a pixel. Every image has its own random stream, (seed,
 split, number), so that a larger set begins with the images of the smaller one.
 """
 
@@ -202,15 +202,16 @@ def _rounded(value: float) -> float:
 
 def _polygons(visible: np.ndarray) -> list[np.ndarray]:
     """Traces a fine mask; returns (P, 2) outlines in pixels of the image."""
-    contours, _ = cv2.findContours(
-        visible.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
-    )
+    # OpenCV joins the border pixels' indices. A pixel more to the right and below makes these the
+    # coordinates of the pixels' outer edges, so that no half pixel is lost on any side.
+    padded = np.pad(visible.astype(np.uint8), ((0, 1), (0, 1)))
+    grown = cv2.dilate(padded, np.ones((2, 2), np.uint8), anchor=(1, 1))
+    contours, _ = cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
     simple = [cv2.approxPolyDP(contour, 1.0, True)[:, 0] for contour in contours]
-    # Slivers of less than a pixel are left out, unless nothing else is there.
     simple = [contour for contour in simple if len(contour) >= 3]
+    # Slivers of less than a pixel are left out, unless nothing else is there.
     large = [contour for contour in simple if cv2.contourArea(contour) >= _FINE**2]
-    # A contour runs through the centres of the border's fine pixels.
-    return [(contour + 0.5) / _FINE for contour in large or simple]
+    return [contour / _FINE for contour in large or simple]
 
 
 def _all_visible(owners: np.ndarray, objects: list[tuple[int, float]]) -> bool:
@@ -263,8 +264,9 @@ def _disc(rng):
 
 def _target(rng):
     outer = rng.uniform(0.6, 0.75)
-    ring = np.concatenate([_regular(64, outer), _regular(64, outer - 0.3)[::-1]])
-    return _regular(64), [ring]
+    # One polygon: round the outside, back round the inside, each closed.
+    closed = np.concatenate([_regular(64), _regular(1)])
+    return _regular(64), [np.concatenate([outer * closed, (outer - 0.3) * closed[::-1]])]
 
 
 def _square(rng):
@@ -387,17 +389,21 @@ def _paint(
     details: list[np.ndarray],
 ) -> None:
     """Paints one object on the canvas, in place."""
-    behind = canvas[mask > 0].mean(axis=0)
-    colour = _colour_unlike(rng, behind, 110)
-    fill = np.clip(colour + _texture(rng, mask.shape, 35), 0, 255).astype(np.uint8)
-    # Drawn whatever the class, so that a texture on a disc is no sign of a target.
-    other = _colour_unlike(rng, colour, 130)
+    x, y, width, height = cv2.boundingRect(mask)
+    window = canvas[y : y + height, x : x + width]
+    inside = mask[y : y + height, x : x + width] > 0
+
+    def polygon(points: np.ndarray) -> list[np.ndarray]:
+        return [np.round(points - (x, y)).astype(np.int32)]
+
+    colour = _colour_unlike(rng, window[inside].mean(axis=0), 110)
+    fill = np.clip(colour + _texture(rng, (height, width), 35), 0, 255).astype(np.uint8)
+    detail_colour = _colour_unlike(rng, colour, 130).tolist()
     for detail in details:
-        cv2.fillPoly(fill, [np.round(detail).astype(np.int32)], other.tolist())
+        cv2.fillPoly(fill, polygon(detail), detail_colour)
     if rng.random() < 0.3:
-        edge = _colour(rng).tolist()
-        cv2.polylines(fill, [np.round(outline).astype(np.int32)], True, edge, _FINE * 2)
-    np.copyto(canvas, fill, where=mask[..., None] > 0)
+        cv2.polylines(fill, polygon(outline), True, _colour(rng).tolist(), _FINE * 2)
+    window[inside] = fill[inside]
 
 
 def _photograph(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

@@ -1,0 +1,50 @@
+"""Checks datasets before training: those of a config, or one annotation file with its images.
+
+    python datasets/check.py --config-file ckd_rcnn_r101_r18.yaml [KEY VALUE ...]
+    python datasets/check.py --json annotations.json --images image_dir [--masks polygon]
+
+Prints a line a dataset; on a fault, one sentence, and exit code 2.
+"""
+
+import argparse
+import logging
+import sys
+
+from kd_detectron import get_config
+from kd_detectron.data import check_coco_files, check_datasets
+from kd_detectron.errors import ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config-file", help="a config by path or bare name")
+    source.add_argument("--json", help="a COCO-format annotation file")
+    parser.add_argument("--images", help="the folder of its images")
+    parser.add_argument("--masks", choices=("polygon", "bitmask"), help="INPUT.MASK_FORMAT to use")
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides of the config")
+    options = parser.parse_args(arguments)
+    if options.json and not options.images:
+        parser.error("--json needs --images")
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    try:
+        if options.config_file:
+            summaries = check_datasets(get_config(options.config_file, options.opts)).values()
+        else:
+            summaries = [
+                check_coco_files(
+                    options.json, options.images, name="--json", mask_format=options.masks
+                )
+            ]
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for summary in summaries:
+        print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Own datasets named in the config: registered once, read as written, useless boxes left out."""
+
+import json
+import logging
+
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from kd_detectron.data import register_coco_format
+from kd_detectron.data.coco_format import box_fault, resolve_path
+from kd_detectron.errors import ConfigError
+
+
+def test_named_dataset_is_registered_for_training_and_coco_evaluation(make_cfg):
+    cfg = make_cfg()
+    register_coco_format(cfg)
+    dataset_dicts = DatasetCatalog.get("tiny")
+    assert len(dataset_dicts) == 6
+    assert MetadataCatalog.get("tiny").evaluator_type == "coco"
+    assert MetadataCatalog.get("tiny").thing_classes == ["cat", "dog"]
+
+
+def test_paths_are_relative_to_detectron2_datasets(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert resolve_path("cells/train.json") == str(tmp_path / "cells/train.json")
+    assert resolve_path("/elsewhere/train.json") == "/elsewhere/train.json"
+    monkeypatch.delenv("DETECTRON2_DATASETS")
+    assert resolve_path("cells/train.json") == "datasets/cells/train.json"
+
+
+def test_registering_the_same_files_again_is_fine(make_cfg):
+    cfg = make_cfg()
+    register_coco_format(cfg)
+    register_coco_format(cfg)
+    assert len(DatasetCatalog.get("tiny")) == 6
+
+
+@pytest.mark.parametrize("name", ["tiny", "coco_2017_train"])
+def test_a_name_taken_by_other_files_is_refused(make_cfg, name):
+    cfg = make_cfg()
+    register_coco_format(cfg)
+    cfg.DATASETS.COCO_FORMAT = [[name, "other.json", "other"]]
+    with pytest.raises(ConfigError, match=f"DATASETS.COCO_FORMAT names '{name}'.*other.json"):
+        register_coco_format(cfg)
+
+
+@pytest.mark.parametrize(
+    "entry", [["name", "a.json"], "name", ["name", "a.json", 3], ["", "a", "b"]]
+)
+def test_an_entry_that_is_not_three_strings_is_refused(make_cfg, entry):
+    cfg = make_cfg()
+    cfg.DATASETS.COCO_FORMAT = [entry]
+    with pytest.raises(ConfigError, match="DATASETS.COCO_FORMAT has the entry"):
+        register_coco_format(cfg)
+
+
+@pytest.mark.parametrize(
+    ("box", "fault"),
+    [
+        ([0, 0, 10, 10], None),
+        ([-5, -5, 6, 6], None),
+        ([5, 5, 0, 10], "empty"),
+        ([5, 5, 10, -1], "empty"),
+        ([5, 5, float("nan"), 10], "empty"),
+        ([5, 5, float("inf"), 10], "empty"),
+        ([20, 0, 5, 5], "outside"),
+        ([0, 10, 5, 5], "outside"),
+        ([-5, 0, 5, 5], "outside"),
+        ([float("nan"), 0, 5, 5], "outside"),
+    ],
+)
+def test_box_without_a_pixel_in_the_image_is_a_fault(box, fault):
+    assert box_fault(box, width=20, height=10) == fault
+
+
+def test_useless_boxes_are_dropped_and_counted_in_the_log(make_cfg, caplog, make_coco):
+    content = make_coco(4)
+    content["annotations"][0]["bbox"] = [2.0, 3.0, 0.0, 6.0]
+    content["annotations"][1]["bbox"] = [100.0, 3.0, 5.0, 6.0]
+    content["annotations"][2]["bbox"] = [-3.0, 3.0, 5.0, 6.0]
+    cfg = make_cfg(content)
+    register_coco_format(cfg)
+    with caplog.at_level(logging.WARNING):
+        dataset_dicts = DatasetCatalog.get("tiny")
+    assert [len(record["annotations"]) for record in dataset_dicts] == [0, 0, 1, 1]
+    assert "dropped 1 boxes without area and 1 boxes outside" in caplog.text
+
+
+def test_annotation_file_is_not_opened_before_it_is_needed(make_cfg, tmp_path, make_coco):
+    cfg = make_cfg()
+    (tmp_path / "tiny" / "annotations.json").unlink()
+    register_coco_format(cfg)
+    (tmp_path / "tiny" / "annotations.json").write_text(json.dumps(make_coco(3)))
+    assert len(DatasetCatalog.get("tiny")) == 3
