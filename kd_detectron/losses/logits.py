@@ -18,7 +18,10 @@ import warnings
 import torch
 from torch.nn import functional as F
 
+from .numerics import in_float32, mean_over_rows
 
+
+@in_float32
 def kd_loss(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
@@ -31,12 +34,13 @@ def kd_loss(
     Returns:
         A float32 scalar; a zero with a graph if R is 0.
     """
-    student_log_probs = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher_log_probs = F.log_softmax(teacher_logits.detach().float() / temperature, dim=1)
+    student_log_probs = F.log_softmax(student_logits / temperature, dim=1)
+    teacher_log_probs = F.log_softmax(teacher_logits.detach() / temperature, dim=1)
     divergence = _kl_of_logs(teacher_log_probs, student_log_probs)
-    return _mean_over_proposals(divergence) * temperature**2
+    return mean_over_rows(divergence) * temperature**2
 
 
+@in_float32
 def dkd_loss(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
@@ -61,8 +65,8 @@ def dkd_loss(
     Returns:
         A float32 scalar; a zero with a graph if R is 0.
     """
-    student_logits = student_logits.float() / temperature
-    teacher_logits = teacher_logits.detach().float() / temperature
+    student_logits = student_logits / temperature
+    teacher_logits = teacher_logits.detach() / temperature
     divergence = alpha * _kl_of_logs(
         _target_against_rest(teacher_logits, targets), _target_against_rest(student_logits, targets)
     )
@@ -75,9 +79,9 @@ def dkd_loss(
         warnings.warn(
             "DKD: with a single foreground class one non-target class is left, whose probability"
             " is always 1; NCKD is switched off and KD.DKD.BETA has no effect",
-            stacklevel=2,
+            stacklevel=3,  # past in_float32
         )
-    return _mean_over_proposals(divergence) * temperature**2
+    return mean_over_rows(divergence) * temperature**2
 
 
 def _kl_of_logs(log_target: torch.Tensor, log_input: torch.Tensor) -> torch.Tensor:
@@ -99,8 +103,3 @@ def _target_against_rest(logits: torch.Tensor, targets: torch.Tensor) -> torch.T
     target = logits.gather(1, targets[:, None])
     rest = _without_target(logits, targets).logsumexp(dim=1, keepdim=True)
     return F.log_softmax(torch.cat([target, rest], dim=1), dim=1)
-
-
-def _mean_over_proposals(values: torch.Tensor) -> torch.Tensor:
-    """Mean of (R,); for no proposals a zero that keeps its graph, where mean() is NaN."""
-    return values.sum() / max(len(values), 1)
