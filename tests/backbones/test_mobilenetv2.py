@@ -5,6 +5,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
+from detectron2.utils.events import EventStorage
 from tiny import tiny_batch, tiny_cfg
 
 from kd_detectron import add_kd_config
@@ -65,7 +66,8 @@ def test_frozen_stages_do_not_move_in_training():
 def test_detector_trains_and_detects():
     torch.manual_seed(0)
     model = build_model(tiny_cfg(MOBILENET)).train()
-    losses = model(tiny_batch())
+    with EventStorage():
+        losses = model(tiny_batch())
     sum(losses.values()).backward()
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert unused == []
