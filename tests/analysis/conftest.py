@@ -2,10 +2,15 @@
 
 import json
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
 
-from kd_detectron.config import add_kd_config
+from kd_detectron.config import add_kd_config, load_run_config
 
 
 @pytest.fixture
@@ -60,6 +65,72 @@ def write_run(tmp_path):
                 "finished": True,
             }
             (folder / "result.json").write_text(json.dumps(record))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path):
+    """Writes six small images with one rectangle each, in COCO format; returns its config entry."""
+    random = np.random.default_rng(0)
+    images, annotations = [], []
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        image = random.integers(0, 120, (48, 64, 3), dtype=np.uint8)
+        x, y, w, h = 6 + 3 * number, 8, 24, 20
+        image[y : y + h, x : x + w] = 230
+        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), image)
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
+        box = {"image_id": number, "category_id": 1 + number % 3, "bbox": [x, y, w, h]}
+        polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        annotations.append(
+            box | {"id": number + 1, "area": w * h, "iscrowd": 0, "segmentation": polygon}
+        )
+    categories = [{"id": i, "name": name} for i, name in ((1, "cat"), (2, "dog"), (3, "hen"))]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (tmp_path / "tiny.json").write_text(json.dumps(content))
+    name = f"tiny_{tmp_path.name}"
+    yield [name, str(tmp_path / "tiny.json"), str(tmp_path / "images")]
+    if name in DatasetCatalog:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture
+def write_trained_run(write_run, tiny_dataset):
+    """Returns a function that writes a run folder with a (random) trained student in it."""
+
+    def write(name, *, opts=(), seed=0, mask=False, depth=50, **options):
+        tiny = [
+            *("DATASETS.COCO_FORMAT", [tiny_dataset], "DATASETS.TEST", (tiny_dataset[0],)),
+            *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.RES2_OUT_CHANNELS", 8),
+            # Untrained FrozenBN lets activations grow with depth: begin with small ones.
+            *("MODEL.PIXEL_STD", [2000.0] * 3),
+            *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.WIDTH_PER_GROUP", 4),
+            *("MODEL.FPN.IN_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.RESNETS.OUT_FEATURES", ["res2", "res3", "res4", "res5"]),
+            *("MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [128]]),
+            *("MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5", "p6"]),
+            *("MODEL.RPN.POST_NMS_TOPK_TEST", 20, "TEST.DETECTIONS_PER_IMAGE", 5),
+            *("MODEL.ROI_HEADS.NAME", "StandardROIHeads", "MODEL.ROI_HEADS.NUM_CLASSES", 3),
+            *("MODEL.ROI_HEADS.IN_FEATURES", ["p2", "p3", "p4", "p5"]),
+            *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, "MODEL.FPN.OUT_CHANNELS", 16),
+            *("MODEL.ROI_BOX_HEAD.NAME", "FastRCNNConvFCHead", "MODEL.ROI_BOX_HEAD.NUM_FC", 2),
+            *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION", 7),
+            *("MODEL.ROI_MASK_HEAD.NAME", "MaskRCNNConvUpsampleHead"),
+            *("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8),
+            *("MODEL.MASK_ON", mask, "INPUT.MIN_SIZE_TEST", 64, "INPUT.MAX_SIZE_TEST", 128),
+        ]
+        folder = write_run(name, seed=seed, depth=depth, opts=[*tiny, *opts], **options)
+        cfg = load_run_config(folder)
+        cfg.KD.ENABLED = False
+        torch.manual_seed(seed)
+        model = build_model(cfg)
+        # Random heads find nothing: spread the scores, so that there are detections to draw.
+        with torch.no_grad():
+            model.roi_heads.box_predictor.cls_score.weight.normal_(std=0.3)
+        torch.save({"model": model.state_dict()}, folder / "student_final.pth")
         return folder
 
     return write

@@ -1,0 +1,238 @@
+"""Loads trained detectors for the pictures: a run's student, a run's teacher, or any config.
+
+Nothing here trains: distillation is switched off in the config, so that a student is built without
+its teacher. A record is one image as Detectron2's datasets describe it: a dict with ``file_name``,
+``height``, ``width`` and, for ground truth, ``annotations``. Each model reads and resizes a record
+by Detectron2's own test-time mapper, in its own channel order.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from torch import nn
+
+from kd_detectron.analysis.runs import TASKS, backbone_name, load_run
+from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.config import get_config, load_run_config
+from kd_detectron.data.coco_format import register_coco_format
+from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
+
+# What a run leaves, the best first.
+_CHECKPOINTS = ("student_final.pth", "model_final.pth")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A detector in eval mode, and what a picture says of it.
+
+    Attributes:
+        label: what it is called in pictures.
+        model: the Detectron2 detector.
+        cfg: its whole config.
+        ap: text such as "37.7 box AP"; empty if unknown.
+    """
+
+    label: str
+    model: nn.Module
+    cfg: CfgNode
+    ap: str = ""
+
+    def inputs(self, record: dict) -> dict:
+        """Reads a record as the model expects it: ``image`` (3, H, W), ``height``, ``width``."""
+        record = {key: record[key] for key in ("file_name", "height", "width") if key in record}
+        return DatasetMapper(self.cfg, is_train=False)(record)
+
+    def detect(self, record: dict) -> Instances:
+        """Returns the detections on one record, in pixels of the image file, on the CPU."""
+        with torch.no_grad():
+            return self.model([self.inputs(record)])[0]["instances"].to("cpu")
+
+
+def load_student(run_folder: str | Path, *, label: str = "", weights: str = "") -> LoadedModel:
+    """Loads the student of a run folder.
+
+    Args:
+        run_folder: a Detectron2 ``OUTPUT_DIR``.
+        label: what to call it; by default its method and student, "CKD R18".
+        weights: the checkpoint; by default the run's final one, or the last one written.
+
+    Raises:
+        ConfigError: it is no run folder, holds no checkpoint, or the checkpoint does not fit.
+    """
+    run = load_run(run_folder)
+    cfg = load_run_config(run_folder)
+    weights = weights or _last_checkpoint(run.path)
+    ap = ", ".join(
+        f"{run.results[task]['AP']:.1f} {name} AP"
+        for task, name in TASKS.items()
+        if "AP" in run.results.get(task, {})
+    )
+    return LoadedModel(label or f"{run.method} {run.student}", _build(cfg, weights), cfg, ap)
+
+
+def load_teacher_of(run_folder: str | Path, *, label: str = "") -> LoadedModel:
+    """Loads the teacher that a run's config names in ``KD.TEACHER``.
+
+    Raises:
+        ConfigError: the run names no teacher, or it is not found or does not fit its checkpoint.
+    """
+    cfg = load_run_config(run_folder)
+    return _load_as_teacher(cfg, label)
+
+
+def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
+    """Loads a detector by its config: a model-zoo name, a path, or a config of this project.
+
+    Args:
+        config: the config's name or path.
+        weights: its checkpoint; empty for the model zoo's.
+        label: what to call it; by default its backbone.
+
+    Raises:
+        ConfigError: config or checkpoint is not found, or they do not fit.
+    """
+    cfg = get_config("baseline_rcnn_r18.yaml")
+    cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = config, weights
+    return _load_as_teacher(cfg, label or None)
+
+
+def load_models(
+    run_folders: Sequence[str | Path],
+    *,
+    labels: Sequence[str] = (),
+    teacher: str | Path | None = None,
+    teacher_weights: str = "",
+    with_teacher: bool = True,
+) -> list[LoadedModel]:
+    """Loads the models of one picture: the teacher first, then the students of the runs.
+
+    Args:
+        run_folders: Detectron2 ``OUTPUT_DIR``s.
+        labels: what to call the runs, one each; by default their method and student.
+        teacher: the teacher's run folder, or its config as in ``load_detector``; by default the
+            one that the first distilled run names, none where no run is distilled.
+        teacher_weights: the checkpoint that belongs to ``teacher``.
+        with_teacher: False leaves the teacher out.
+
+    Raises:
+        ConfigError: as the single loaders, or ``labels`` are not as many as the runs.
+    """
+    if labels and len(labels) != len(run_folders):
+        raise ConfigError(f"{len(run_folders)} runs have {len(labels)} labels; give one label each")
+    labels = labels or [""] * len(run_folders)
+    models = []
+    if with_teacher and teacher is not None:
+        if Path(teacher).is_dir():
+            name = f"teacher {load_run(teacher).student}"
+            models.append(load_student(teacher, label=name, weights=teacher_weights))
+        else:
+            models.append(load_detector(str(teacher), teacher_weights, label="teacher"))
+    elif with_teacher:
+        distilled = [folder for folder in run_folders if load_run(folder).teacher]
+        models += [load_teacher_of(folder) for folder in distilled[:1]]
+    pairs = zip(run_folders, labels, strict=True)
+    return models + [load_student(folder, label=label) for folder, label in pairs]
+
+
+def dataset_records(cfg: CfgNode, name: str = "") -> tuple[list[dict], list[str]]:
+    """Returns a dataset's records and its class names.
+
+    Args:
+        cfg: a config; its ``DATASETS.COCO_FORMAT`` is registered.
+        name: a registered dataset; by default the first of ``DATASETS.TEST``.
+
+    Raises:
+        ConfigError: there is no such dataset, or its files are missing.
+    """
+    register_coco_format(cfg)
+    name = name or (cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "")
+    if name not in DatasetCatalog:
+        near = did_you_mean(name, DatasetCatalog.list())
+        raise ConfigError(f"DATASETS.TEST names '{name}', which is not a registered dataset{near}")
+    try:
+        records = DatasetCatalog.get(name)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"the files of dataset '{name}' are missing: {error}; set DETECTRON2_DATASETS"
+        ) from error
+    return records, list(MetadataCatalog.get(name).thing_classes)
+
+
+def choose_records(records: Sequence[dict], count: int, *, seed: int = 0) -> list[dict]:
+    """Chooses ``count`` records that have annotations, the same ones for the same seed."""
+    annotated = [record for record in records if record.get("annotations")]
+    chosen = random.Random(seed).sample(range(len(annotated)), min(count, len(annotated)))
+    return [annotated[index] for index in sorted(chosen)]
+
+
+def find_records(records: Sequence[dict], names: Sequence[str]) -> list[dict]:
+    """Finds records by file name, with or without its folder, or by image id.
+
+    Raises:
+        ConfigError: a name fits no record.
+    """
+    by_name = {str(record.get("image_id")): record for record in records}
+    by_name |= {Path(record["file_name"]).name: record for record in records}
+    for name in names:
+        if Path(name).name not in by_name:
+            raise ConfigError(
+                f"no image of the dataset is called '{name}'{did_you_mean(name, by_name)}"
+            )
+    return [by_name[Path(name).name] for name in names]
+
+
+def read_rgb(record: dict):
+    """Reads a record's image file: (H, W, 3) uint8, RGB."""
+    return read_image(record["file_name"], format="RGB")
+
+
+def _load_as_teacher(cfg: CfgNode, label: str | None) -> LoadedModel:
+    cfg.MODEL.DEVICE = _device(cfg)
+    teacher_cfg = teacher_config(cfg)
+    model = build_teacher_model(teacher_cfg).eval()
+    name = backbone_name(teacher_cfg)
+    return LoadedModel(label or (name if label is None else f"teacher {name}"), model, teacher_cfg)
+
+
+def _build(cfg: CfgNode, weights: str) -> nn.Module:
+    cfg.KD.ENABLED = False
+    cfg.MODEL.DEVICE = _device(cfg)
+    # The checkpoint has all weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    model = build_model(cfg).eval()
+    checkpointer = DistillationCheckpointer(model)
+    checkpointer.load(weights)
+    missing = [*checkpointer.incompatible.missing_keys]
+    missing += [shape[0] for shape in checkpointer.incompatible.incorrect_shapes]
+    if missing:
+        raise ConfigError(
+            f"the checkpoint {weights} does not fit the run's config.yaml: {len(missing)} weights "
+            f"are missing or of another shape, the first is {sorted(missing)[0]}"
+        )
+    return model
+
+
+def _device(cfg: CfgNode) -> str:
+    return cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
+
+
+def _last_checkpoint(folder: Path) -> str:
+    for name in _CHECKPOINTS:
+        if (folder / name).is_file():
+            return str(folder / name)
+    tag = folder / "last_checkpoint"
+    if tag.is_file():
+        return str(folder / tag.read_text(encoding="utf-8").strip())
+    raise ConfigError(
+        f"the run folder {folder} holds no checkpoint: no {' or '.join(_CHECKPOINTS)} and no "
+        "last_checkpoint"
+    )

@@ -1,0 +1,110 @@
+#!/usr/bin/env python
+"""Pictures of runs: each subcommand writes one image file.
+
+    python tools/visualize.py curves      output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
+    python tools/visualize.py predictions output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
+
+RUN is a run folder (OUTPUT_DIR). The teacher is the one that the first distilled run names; the
+images are those of its DATASETS.TEST, chosen by --seed.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kd_detectron.analysis import models as loading
+from kd_detectron.analysis.curves import plot_curves
+from kd_detectron.analysis.predictions import draw_predictions
+from kd_detectron.analysis.runs import load_run
+from kd_detectron.analysis.tables import load_teacher
+from kd_detectron.errors import ConfigError
+
+
+def curves(args: argparse.Namespace) -> None:
+    teacher = load_teacher(args.teacher).results if args.teacher else {}
+    teacher_ap = {task: values["AP"] for task, values in teacher.items() if "AP" in values}
+    plot_curves([load_run(run) for run in args.runs], args.output, teacher_ap=teacher_ap)
+
+
+def predictions(args: argparse.Namespace) -> None:
+    models = load_models(args)
+    records, class_names = load_records(args, models)
+    draw_predictions(models, records, class_names, args.output, score_threshold=args.threshold)
+
+
+def load_models(args: argparse.Namespace) -> list[loading.LoadedModel]:
+    return loading.load_models(
+        args.runs,
+        labels=args.labels,
+        teacher=args.teacher,
+        teacher_weights=args.teacher_weights,
+        with_teacher=not args.no_teacher,
+    )
+
+
+def load_records(args: argparse.Namespace, models: list) -> tuple[list[dict], list[str]]:
+    """The images to draw; the last model is a run's student, whose config names the dataset."""
+    records, class_names = loading.dataset_records(models[-1].cfg, args.dataset)
+    if args.images:
+        return loading.find_records(records, args.images), class_names
+    return loading.choose_records(records, args.count, seed=args.seed), class_names
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(function, summary: str) -> argparse.ArgumentParser:
+        name = function.__name__
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder (OUTPUT_DIR)")
+        sub.add_argument(
+            "--output", type=Path, default=Path(f"{name}.png"), help="image file (%(default)s)"
+        )
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command(curves, "AP and every loss over the iterations")
+    sub.add_argument("--teacher", metavar="RUN|JSON", help="draws the teacher's AP as a line")
+
+    sub = command(predictions, "detections beside the ground truth")
+    add_model_arguments(sub, images=4)
+    sub.add_argument(
+        "--threshold", type=float, default=0.5, help="least score that is drawn (%(default)s)"
+    )
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, *, images: int) -> None:
+    parser.add_argument("--labels", nargs="+", default=[], help="what to call the runs, one each")
+    parser.add_argument(
+        "--teacher", metavar="RUN|CONFIG", help="another teacher: its run folder or config"
+    )
+    parser.add_argument("--teacher-weights", default="", metavar="FILE", help="its checkpoint")
+    parser.add_argument("--no-teacher", action="store_true", help="leave the teacher out")
+    parser.add_argument("--dataset", default="", help="registered dataset (DATASETS.TEST)")
+    parser.add_argument("--images", nargs="+", default=[], help="file names or image ids")
+    parser.add_argument(
+        "--count", type=int, default=images, help="number of images, without --images (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="chooses the images, without --images (%(default)s)"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    try:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.function(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
