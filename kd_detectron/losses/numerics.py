@@ -1,8 +1,8 @@
-"""What the contrastive losses share: float32 arithmetic and safe L2 normalisation.
+"""What the losses on logits and embeddings share: float32 arithmetic and L2 normalisation.
 
-Similarities of unit rows lie close together; in 16 bits their differences, which are the whole
-loss, drown in rounding. So these losses leave autocast and compute in float32, whatever the dtype
-of their inputs; the gradients return in the inputs' own dtype (``tests/losses/test_ckd.py``).
+In 16 bits the differences that these losses are made of, of cosines and of log-probabilities,
+drown in rounding. So they leave autocast and compute in float32, whatever the dtype of their
+inputs; the gradients return in the inputs' own dtype (``tests/losses/test_ckd.py``).
 """
 
 import functools
