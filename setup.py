@@ -11,7 +11,16 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["kd_detectron", "kd_detectron.*"]),
+    # The configs stand beside the package in the source tree and inside it when installed.
+    packages=[
+        *find_packages(include=["kd_detectron", "kd_detectron.*"]),
+        "kd_detectron.configs",
+    ],
+    package_dir={"kd_detectron.configs": "configs"},
+    package_data={
+        "kd_detectron.configs": ["**/*.yaml"],
+        "kd_detectron.analysis": ["*.json"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "torch>=2.4",

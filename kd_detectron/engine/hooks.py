@@ -9,7 +9,6 @@
 - :class:`StopOnSignal`: SIGTERM and SIGINT finish the iteration, write a checkpoint, and stop.
 """
 
-import contextlib
 import json
 import logging
 import math
@@ -242,13 +241,18 @@ class Interrupted(SystemExit):
 
 def read_metrics(path: str) -> list[dict]:
     """The records of a ``metrics.json``, without a last line that a killed process cut short."""
-    records = []
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                with contextlib.suppress(json.JSONDecodeError):
-                    records.append(json.loads(line))
-    return records
+    if not os.path.isfile(path):
+        return []
+    with open(path, "rb") as file:
+        return [record for record in map(parse_record, file) if record is not None]
+
+
+def parse_record(line: bytes) -> dict | None:
+    """One line of ``metrics.json``; None for a line that was cut short."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def write_json(path: str, content: dict) -> None:

@@ -6,7 +6,6 @@ the best checkpoint by AP; ``student_final.pth`` and ``result.json`` at the end;
 bfloat16. The training step itself is ``DistilledRCNN.forward`` and ``train_loop.py``.
 """
 
-import json
 import logging
 import os
 import secrets
@@ -34,7 +33,7 @@ from .hooks import (
     StopOnSignal,
     TeacherGuard,
     WriteResult,
-    read_metrics,
+    parse_record,
 )
 from .train_loop import DistillationTrainLoop
 
@@ -176,14 +175,16 @@ def run_facts(cfg: CfgNode, model, seed: int) -> dict:
 
 
 def forget_metrics_from(output_dir: str, iteration: int) -> None:
-    """Drops lines of ``metrics.json`` at or after an iteration that will be run (again)."""
+    """Cuts ``metrics.json`` at the first record of an iteration that will be run (again)."""
     path = os.path.join(output_dir, "metrics.json")
     if not comm.is_main_process() or not os.path.isfile(path):
         return
-    kept = []
-    for record in read_metrics(path):
-        if record.get("iteration", -1) < iteration:
-            kept.append(json.dumps(record, sort_keys=True) + "\n")
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(f"{path}.tmp", path)
+    kept = 0
+    with open(path, "rb") as file:
+        for line in file:
+            record = parse_record(line)
+            if record is None or record.get("iteration", -1) >= iteration:
+                break
+            kept += len(line)
+    # In place, since the writer already holds the file open for appending.
+    os.truncate(path, kept)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from detectron2.config import CfgNode
 
-from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from kd_detectron.distillers import DISTILLER_REGISTRY, ModelSpec, build_distiller
 from kd_detectron.errors import ConfigError
 
 from .taps import anchor_levels_of
@@ -50,11 +50,12 @@ def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
         for name in names:
             build_distiller(name, options[name], student_spec, student_spec)
         teacher = FrozenTeacher.from_config(cfg)
+        for name in names:
+            requires = DISTILLER_REGISTRY.get(name).requires
+            check_fits(name, requires, student_model, student_spec, teacher)
         distillers = {
             name: build_distiller(name, options[name], student_spec, teacher.spec) for name in names
         }
-    for name, distiller in distillers.items():
-        check_fits(name, distiller, student_model, student_spec, teacher)
     return {"teacher": teacher, "distillers": distillers, "distillation_weights": weights}
 
 
@@ -76,7 +77,7 @@ def _weight(name: str, value) -> float:
 
 def check_fits(
     name: str,
-    distiller: Distiller,
+    requires: frozenset[str],
     student_model,
     student: ModelSpec,
     teacher: FrozenTeacher,
@@ -86,7 +87,6 @@ def check_fits(
     Raises:
         ConfigError: naming the key, both values and the fix.
     """
-    requires = distiller.requires
     if requires & {"logits", "box_features"}:
         for who, spec in (("student", student), ("teacher", teacher.spec)):
             if spec.box_channels is None:

@@ -214,7 +214,9 @@ def find_teacher_config(name: str) -> str:
 
 def zoo_configs() -> list[str]:
     """Names of the model zoo's configs that have a checkpoint to download."""
-    return sorted(model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX_)
+    return sorted(
+        f"{name}.yaml" for name in model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
+    )
 
 
 def teacher_weights(cfg: CfgNode, teacher_cfg: CfgNode) -> str:
@@ -260,10 +262,11 @@ def build_teacher_model(teacher_cfg: CfgNode) -> nn.Module:
 def refuse_half_loaded(incompatible, weights: str) -> None:
     """Raises ConfigError if a checkpoint did not fit the teacher's config in every key."""
     problems = []
+    reshaped = {name for name, *_ in incompatible.incorrect_shapes}
     for what, keys in (
-        ("missing", incompatible.missing_keys),
+        ("missing", set(incompatible.missing_keys) - reshaped),
         ("unexpected", incompatible.unexpected_keys),
-        ("of another shape", [shape[0] for shape in incompatible.incorrect_shapes]),
+        ("of another shape", reshaped),
     ):
         if keys:
             shown = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")

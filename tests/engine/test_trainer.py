@@ -73,6 +73,7 @@ def run_cfg(tmp_path, dataset, output, opts=()):
 
 
 def train(cfg, resume=False, until=None):
+    torch.manual_seed(0)
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     if until is not None:
@@ -128,7 +129,7 @@ def test_run_without_a_seed_keeps_its_random_one_over_a_resume(tmp_path, dataset
 
 
 def test_finished_run_leaves_student_result_and_metrics(tmp_path, dataset):
-    cfg = run_cfg(tmp_path, dataset, "run", ["TEST.EVAL_PERIOD", 3])
+    cfg = run_cfg(tmp_path, dataset, "run", ["TEST.EVAL_PERIOD", 3, "SOLVER.BASE_LR", 1e-5])
     train(cfg)
     folder = tmp_path / "run"
     result = json.loads((folder / "result.json").read_text())
@@ -137,7 +138,7 @@ def test_finished_run_leaves_student_result_and_metrics(tmp_path, dataset):
     assert (folder / "model_best.pth").is_file()
     student = torch.load(folder / "student_final.pth", weights_only=True)["model"]
     plain_cfg = get_cfg()
-    plain_cfg.merge_from_file(str(folder / "config.yaml"))
+    plain_cfg.merge_from_file(str(folder / "student_final.yaml"))
     plain = build_model(plain_cfg)
     assert set(plain.state_dict()) == set(student)
     assert {"loss_ckd", "loss_reviewkd", "loss_cls"} <= set(losses_by_iteration(cfg)[5])
