@@ -29,6 +29,7 @@ from .hooks import (
     DistillationSchedule,
     ExportStudent,
     KeepBest,
+    LossHistory,
     StepSeed,
     StopOnSignal,
     TeacherGuard,
@@ -91,7 +92,7 @@ class DistillationTrainer(DefaultTrainer):
         # Detectron2 ends its list with the writer on the main process: evaluations and what is put
         # into the storage must come before it.
         writer = [ret.pop()] if comm.is_main_process() else []
-        ret.insert(0, self._step_seed)
+        ret = [self._step_seed, *ret, LossHistory()]
         if getattr(model, "distillers", None):
             ret.append(DistillationSchedule(model, cfg.KD.SCHEDULE, self.max_iter))
         if teacher is not None:
