@@ -7,7 +7,13 @@ from kd_detectron.checkpoint.checkpointer import (
     DistillationCheckpointer,
     UnreadableCheckpointError,
 )
-from kd_detectron.checkpoint.export import ExportedStudent, export_student, student_config
+from kd_detectron.checkpoint.export import (
+    ExportedStudent,
+    export_student,
+    find_run,
+    load_student,
+    student_config,
+)
 from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_stale_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TORCHVISION_NETWORKS,
@@ -25,6 +31,8 @@ __all__ = [
     "atomic_open",
     "convert_torchvision_state",
     "export_student",
+    "find_run",
+    "load_student",
     "remove_stale_files",
     "student_config",
     "torchvision_layout",

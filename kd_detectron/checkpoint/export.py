@@ -53,7 +53,7 @@ def export_student(src: str, dst: str, *, cfg: CfgNode | str | None = None) -> E
         ConfigError: a file is missing or unreadable, or the checkpoint does not fit the config.
         CheckpointWriteError: the result could not be written.
     """
-    checkpoint, run_config = _find_run(src)
+    checkpoint, run_config = find_run(src)
     if not dst.endswith(".pth"):
         dst = os.path.join(dst, "student_final.pth")
     if os.path.realpath(dst) == os.path.realpath(checkpoint):
@@ -151,7 +151,7 @@ def _known_part(cfg: CfgNode, known: CfgNode) -> CfgNode:
     return part
 
 
-def _find_run(src: str) -> tuple[str, str]:
+def find_run(src: str) -> tuple[str, str]:
     """Returns the checkpoint that ``src`` means and the path of its config."""
     if not os.path.isdir(src):
         return src, os.path.join(os.path.dirname(src), "config.yaml")

@@ -1,0 +1,208 @@
+"""``tools/export_student.py``: the student for plain Detectron2, as TorchScript or as ONNX.
+
+``detectron2`` is :func:`kd_detectron.checkpoint.export_student`. ``torchscript`` and ``onnx`` trace
+the student with Detectron2's own ``TracingAdapter`` on an image that the user gives, for any image
+size, and compare what the exported file returns with what the model returns on that image. All
+students of this project trace: Faster, Mask and RetinaNet, also on the added backbones
+(``tests/test_export_tracing.py``). What Detectron2's exporters cannot do in this version: test-time
+augmentation, and a batch of more than one image.
+
+Both files take one image, (3, H, W) float, 0 to 255, resized, in ``INPUT.FORMAT``'s channel order,
+and return the fields of Detectron2's ``Instances`` in alphabetical order, then the image size (H,
+W): ``pred_boxes`` (D, 4) in pixels of the given image, ``pred_classes`` (D,), ``pred_masks`` (D, 1,
+28, 28) as probabilities inside the box where there is a mask head, and ``scores`` (D,).
+"""
+
+import argparse
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.export import TracingAdapter
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.structures import Instances
+from detectron2.utils.logger import setup_logger
+from torch import nn
+
+from kd_detectron.checkpoint import atomic_open, export_student, find_run, load_student
+from kd_detectron.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+FORMATS = ("detectron2", "torchscript", "onnx")
+_SCORE_TOLERANCE = 1e-3
+_BOX_TOLERANCE = 0.1  # pixels
+
+
+def export_torchscript(src: str, dst: str, image: str, *, cfg: CfgNode | str | None = None) -> str:
+    """Writes a run's student as a traced TorchScript file; see the module for its interface.
+
+    Args:
+        src: a run's output folder or a checkpoint file.
+        dst: the file to write, or a folder, for ``student_final.ts`` in it.
+        image: an image file on which the student detects something.
+        cfg: the run's config or the path of it; by default the ``config.yaml`` beside ``src``.
+
+    Returns:
+        the file written.
+
+    Raises:
+        ConfigError: the student cannot be loaded or traced, detects nothing on the image, or the
+            traced one detects something else.
+    """
+    dst = _file(dst, ".ts")
+    adapter, pixels, expected = _trace_ready(src, image, cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's remarks on Detectron2's code
+        traced = torch.jit.trace(adapter, (pixels,), check_trace=False)
+        buffer = io.BytesIO()
+        torch.jit.save(traced, buffer)
+        buffer.seek(0)
+        with torch.no_grad():
+            found = adapter.outputs_schema(torch.jit.load(buffer)(pixels))
+    _check_same(found[0]["instances"], expected, dst)
+    return _write(buffer, dst)
+
+
+def export_onnx(src: str, dst: str, image: str, *, cfg: CfgNode | str | None = None) -> str:
+    """Writes a run's student as an ONNX file of standard operators; needs onnx and onnxruntime.
+
+    Args, returns and raises as :func:`export_torchscript`; a folder gets ``student_final.onnx``.
+    """
+    try:
+        import onnx  # noqa: F401  torch's exporter imports it
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            f"--format onnx needs a package that is not installed ({error.name}): pip install"
+            " kd_detectron[onnx]"
+        ) from error
+    dst = _file(dst, ".onnx")
+    adapter, pixels, expected = _trace_ready(src, image, cfg)
+    names = [*sorted(expected.get_fields()), "image_size"]
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            adapter,
+            (pixels,),
+            buffer,
+            opset_version=17,
+            input_names=["image"],
+            output_names=names,
+            dynamic_axes={"image": {1: "height", 2: "width"}}
+            | {name: {0: "detections"} for name in names[:-1]},
+            dynamo=False,  # torch.export does not take Detectron2's data-dependent shapes
+        )
+    session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
+    found = session.run(names, {"image": pixels.numpy()})
+    found = adapter.outputs_schema(tuple(map(torch.from_numpy, found)))
+    _check_same(found[0]["instances"], expected, dst)
+    return _write(buffer, dst)
+
+
+def _file(dst: str, suffix: str) -> str:
+    return dst if dst.endswith(suffix) else os.path.join(dst, f"student_final{suffix}")
+
+
+def _write(buffer: io.BytesIO, dst: str) -> str:
+    os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
+    with atomic_open(dst, "wb") as file:
+        file.write(buffer.getvalue())
+    logger.info("wrote %s, which detects on the given image what the model does", dst)
+    return dst
+
+
+def _trace_ready(
+    src: str, image: str, cfg: CfgNode | str | None
+) -> tuple[TracingAdapter, torch.Tensor, Instances]:
+    """Returns the student ready to trace, the image (3, H, W), and the model's detections on it."""
+    checkpoint, run_config = find_run(src)
+    cfg, model = load_student(checkpoint, run_config if cfg is None else cfg)
+    pixels = _read_pixels(image, cfg)
+    # torch.onnx.export sets back the mode it finds, so that the adapter must be in eval mode too.
+    adapter = TracingAdapter(model, [{"image": pixels}], _detect).eval()
+    with torch.no_grad():
+        expected = _detect(model, [{"image": pixels}])[0]["instances"]
+    if len(expected) == 0:
+        raise ConfigError(
+            f"the student detects nothing on --image '{image}', so that nothing can be traced: give"
+            " an image with objects that it knows"
+        )
+    return adapter, pixels, expected
+
+
+def _detect(model: nn.Module, inputs: list[dict]) -> list[dict]:
+    """The detections in the given image's own pixels, masks not pasted."""
+    if isinstance(model, GeneralizedRCNN):
+        instances = model.inference(inputs, do_postprocess=False)[0]
+    else:
+        instances = model(inputs)[0]["instances"]
+    return [{"instances": instances}]
+
+
+def _read_pixels(image: str, cfg: CfgNode) -> torch.Tensor:
+    """Reads and resizes an image as Detectron2 does for a test: (3, H, W) float."""
+    if not os.path.isfile(image):
+        raise ConfigError(f"--image '{image}' does not exist: give an image file to trace on")
+    try:
+        pixels = read_image(image, format=cfg.INPUT.FORMAT)
+    except OSError as error:
+        raise ConfigError(f"--image '{image}' is no image that can be read ({error})") from error
+    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    pixels = resize.get_transform(pixels).apply_image(pixels)
+    return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
+
+
+def _check_same(found: Instances, expected: Instances, dst: str) -> None:
+    """Refuses an export that detects something else than the model.
+
+    Detections may be ordered otherwise where scores are equal, and those at the end of the list may
+    be others for the same reason.
+    """
+    boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
+    lowest = float(expected.scores.min())
+    for box, score, label in zip(
+        expected.pred_boxes.tensor, expected.scores, expected.pred_classes, strict=True
+    ):
+        same = (classes == label) & ((scores - score).abs() < _SCORE_TOLERANCE)
+        same &= ((boxes - box).abs() < _BOX_TOLERANCE).all(dim=1)
+        if not same.any() and float(score) > lowest + _SCORE_TOLERANCE:
+            raise ConfigError(
+                f"the export to '{dst}' was not written: it misses the model's detection of class"
+                f" {int(label)} with score {float(score):.4f} at {box.tolist()} on the given image"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command ``tools/export_student.py``; returns its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="export_student.py",
+        description="Export the student of a run without its distillation.",
+    )
+    parser.add_argument("run", help="a run's output folder, or a checkpoint file in it")
+    parser.add_argument("out", help="the folder or file to write")
+    parser.add_argument("--format", choices=FORMATS, default="detectron2")
+    parser.add_argument("--config-file", help="the run's config, if not config.yaml beside it")
+    parser.add_argument("--image", help="an image with objects, to trace on (torchscript, onnx)")
+    options = parser.parse_args(arguments)
+    setup_logger(name="kd_detectron")
+    try:
+        if options.format == "detectron2":
+            export_student(options.run, options.out, cfg=options.config_file)
+        elif options.image is None:
+            raise ConfigError(f"--format {options.format} needs --image, an image to trace on")
+        else:
+            export = export_torchscript if options.format == "torchscript" else export_onnx
+            export(options.run, options.out, options.image, cfg=options.config_file)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
