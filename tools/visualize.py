@@ -3,6 +3,9 @@
 
     python tools/visualize.py curves      output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
     python tools/visualize.py predictions output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
+    python tools/visualize.py cam         output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
+    python tools/visualize.py features    output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
+    python tools/visualize.py logits      output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
 
 RUN is a run folder (OUTPUT_DIR). The teacher is the one that the first distilled run names; the
 images are those of its DATASETS.TEST, chosen by --seed.
@@ -13,7 +16,10 @@ import sys
 from pathlib import Path
 
 from kd_detectron.analysis import models as loading
+from kd_detectron.analysis.cams import draw_cams
 from kd_detectron.analysis.curves import plot_curves
+from kd_detectron.analysis.features import draw_feature_differences
+from kd_detectron.analysis.logits import draw_correlations, draw_tsne
 from kd_detectron.analysis.predictions import draw_predictions
 from kd_detectron.analysis.runs import load_run
 from kd_detectron.analysis.tables import load_teacher
@@ -32,13 +38,41 @@ def predictions(args: argparse.Namespace) -> None:
     draw_predictions(models, records, class_names, args.output, score_threshold=args.threshold)
 
 
+def cam(args: argparse.Namespace) -> None:
+    models = load_models(args)
+    records, class_names = load_records(args, models)
+    draw_cams(models, records, class_names, args.output)
+
+
+def features(args: argparse.Namespace) -> None:
+    teacher, students = teacher_and_students(args)
+    records, _ = load_records(args, students)
+    draw_feature_differences(teacher, students, records, args.output)
+
+
+def logits(args: argparse.Namespace) -> None:
+    teacher, students = teacher_and_students(args)
+    records, class_names = load_records(args, students)
+    if args.tsne:
+        draw_tsne([teacher, *students], records, class_names, args.output, seed=args.seed)
+    else:
+        draw_correlations(teacher, students, records, class_names, args.output)
+
+
+def teacher_and_students(args: argparse.Namespace) -> tuple[loading.LoadedModel, list]:
+    models = load_models(args)
+    if len(models) == len(args.runs):
+        raise ConfigError("none of the runs names a teacher to compare with: give --teacher")
+    return models[0], models[1:]
+
+
 def load_models(args: argparse.Namespace) -> list[loading.LoadedModel]:
     return loading.load_models(
         args.runs,
         labels=args.labels,
         teacher=args.teacher,
         teacher_weights=args.teacher_weights,
-        with_teacher=not args.no_teacher,
+        with_teacher=not getattr(args, "no_teacher", False),
     )
 
 
@@ -71,9 +105,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = command(predictions, "detections beside the ground truth")
     add_model_arguments(sub, images=4)
+    sub.add_argument("--no-teacher", action="store_true", help="leave the teacher out")
     sub.add_argument(
         "--threshold", type=float, default=0.5, help="least score that is drawn (%(default)s)"
     )
+
+    sub = command(cam, "class-activation maps for the same object (needs grad-cam)")
+    add_model_arguments(sub, images=3)
+
+    sub = command(features, "distance of each student's features to the teacher's, by FPN level")
+    add_model_arguments(sub, images=16)
+
+    sub = command(logits, "class correlations of the box logits, teacher against students")
+    add_model_arguments(sub, images=50)
+    sub.add_argument("--tsne", action="store_true", help="t-SNE instead (needs scikit-learn)")
     return parser
 
 
@@ -83,7 +128,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, images: int) -> None
         "--teacher", metavar="RUN|CONFIG", help="another teacher: its run folder or config"
     )
     parser.add_argument("--teacher-weights", default="", metavar="FILE", help="its checkpoint")
-    parser.add_argument("--no-teacher", action="store_true", help="leave the teacher out")
     parser.add_argument("--dataset", default="", help="registered dataset (DATASETS.TEST)")
     parser.add_argument("--images", nargs="+", default=[], help="file names or image ids")
     parser.add_argument(

@@ -27,11 +27,11 @@ from detectron2.utils import comm
 from kd_detectron.checkpoint import export_student
 from kd_detectron.errors import ConfigError
 
+from .exit_codes import INTERRUPTED_EXIT_CODE
+
 logger = logging.getLogger(__name__)
 
 DECAYS = ("none", "linear", "cosine")
-# EX_TEMPFAIL of sysexits.h: try again later.
-INTERRUPTED_EXIT_CODE = 75
 
 
 class StepSeed(HookBase):

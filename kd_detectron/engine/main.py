@@ -35,13 +35,11 @@ from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
 
+from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
 from .trainer import DistillationTrainer, unwrap
 
 logger = logging.getLogger("kd_detectron")
-
-USER_ERROR_EXIT_CODE = 2
-FAILED_EXIT_CODE = 1
 
 
 def argument_parser():
@@ -180,8 +178,7 @@ def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:
 
 def train(cfg: CfgNode, *, resume: bool) -> None:
     """Trains, evaluates and exports the student of a config."""
-    for summary in check_datasets(cfg).values():
-        logger.info("%s", summary)
+    check_data(cfg)
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=resume)
     log_start(trainer)
@@ -190,6 +187,14 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
             [hooks.EvalHook(0, lambda: trainer.test_with_augmentation(cfg, trainer.model))]
         )
     trainer.train()
+
+
+def check_data(cfg: CfgNode, *, train: bool = True) -> None:
+    """Checks the datasets once, in the main process; the others wait for it."""
+    if comm.is_main_process():
+        for summary in check_datasets(cfg, train=train).values():
+            logger.info("%s", summary)
+    comm.synchronize()
 
 
 def log_start(trainer: DistillationTrainer) -> None:
@@ -219,7 +224,7 @@ def log_start(trainer: DistillationTrainer) -> None:
 
 def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
     """Evaluates ``MODEL.WEIGHTS``, or with ``resume`` the last checkpoint of ``OUTPUT_DIR``."""
-    check_datasets(cfg, train=False)
+    check_data(cfg, train=False)
     model = DistillationTrainer.build_model(cfg)
     DistillationCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=resume)
     results = DistillationTrainer.test(cfg, model)
@@ -232,7 +237,7 @@ def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
 
 def evaluate_teacher(cfg: CfgNode) -> dict:
     """The teacher's AP on the student's test data, with the student's evaluator and image sizes."""
-    check_datasets(cfg, train=False)
+    check_data(cfg, train=False)
     with_weights = teacher_config(cfg)
     model = build_teacher_model(with_weights)
     with_weights.DATASETS.TEST = cfg.DATASETS.TEST
@@ -281,3 +286,7 @@ def peak_memory(cfg: CfgNode) -> str:
     if cfg.MODEL.DEVICE.startswith("cuda"):
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The report of a study: its result table, training curves, and detections side by side.
+
+Called by ``tools/run_study.py`` and ``make demo`` when the runs are done; made of the same parts as
+``tools/results_table.py`` and ``tools/visualize.py``.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_detectron.analysis.curves import plot_curves
+from kd_detectron.analysis.models import choose_records, dataset_records, load_models
+from kd_detectron.analysis.predictions import draw_predictions
+from kd_detectron.analysis.runs import Run
+from kd_detectron.analysis.tables import build_table, load_teacher, published_numbers
+
+TEACHER = "teacher"
+
+
+def write_report(
+    folder: str | Path, runs: Sequence[Run], *, teacher: Path | None = None, images: int = 4
+) -> str:
+    """Writes ``results.md``, ``results.csv``, ``curves.png`` and ``predictions.png``.
+
+    Args:
+        folder: where to write them.
+        runs: the finished students' runs; the first of each method is drawn.
+        teacher: the run folder of the teacher.
+        images: rows of the picture of detections.
+
+    Returns:
+        The table as text, to be printed.
+    """
+    folder = Path(folder)
+    teachers = [load_teacher(teacher)] if teacher else []
+    table = build_table(runs, teachers=teachers, published=published_numbers())
+    (folder / "results.md").write_text(table.markdown() + "\n", encoding="utf-8")
+    (folder / "results.csv").write_text(table.csv(), encoding="utf-8")
+    teacher_ap = {
+        task: values["AP"]
+        for one in teachers
+        for task, values in one.results.items()
+        if "AP" in values
+    }
+    plot_curves(runs, folder / "curves.png", teacher_ap=teacher_ap)
+    first = list({run.method: run for run in reversed(runs)}.values())[::-1]
+    models = load_models([run.path for run in first], teacher=teacher, with_teacher=bool(teacher))
+    records, class_names = dataset_records(models[-1].cfg)
+    chosen = choose_records(records, images, seed=0)
+    draw_predictions(models, chosen, class_names, folder / "predictions.png")
+    return table.text()

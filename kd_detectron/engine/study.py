@@ -1,0 +1,218 @@
+"""A study: a list of runs through the ordinary trainer, then one table and the figures.
+
+A study file (``configs/studies/*.yaml``) names an output folder and its runs, in order::
+
+    output: output/bccd_study
+    runs:
+      - {name: teacher, config: bccd/teacher_r50.yaml}
+      - {name: baseline, config: bccd/baseline_r18.yaml, seeds: [1, 2, 3]}
+      - {name: ckd, config: bccd/ckd_r18.yaml, seeds: [1, 2, 3], opts: [KD.CKD.WEIGHT, 0.1]}
+
+Each run is its own process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``.
+Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left for
+the next start. ``{output}`` in an option stands for the study's folder, so that a student can name
+the teacher's checkpoint.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from tqdm import tqdm
+
+from kd_detectron.analysis.report import TEACHER, write_report
+from kd_detectron.analysis.runs import load_run
+from kd_detectron.config import config_dir, get_config
+from kd_detectron.errors import ConfigError, did_you_mean
+
+from .exit_codes import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from .hooks import read_metrics
+
+RUN_KEYS = {"name", "config", "seeds", "opts"}
+
+
+@dataclass
+class StudyRun:
+    """One training of a study.
+
+    Args:
+        name: what tables and figures call it.
+        config: a config by path or bare name.
+        folder: its output folder.
+        opts: KEY VALUE overrides.
+    """
+
+    name: str
+    config: str
+    folder: Path
+    opts: list = field(default_factory=list)
+    max_iter: int = 0
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "result.json").is_file()
+
+    def iterations_done(self) -> int:
+        """Iterations so far, from the run's metrics."""
+        records = read_metrics(str(self.folder / "metrics.json"))
+        return max((int(record["iteration"]) + 1 for record in records), default=0)
+
+
+@dataclass
+class Study:
+    """A study as read from its file."""
+
+    output: Path
+    runs: list[StudyRun]
+
+
+def load_study(file: str, output: str | None = None) -> Study:
+    """Reads and checks a study file, given as a path or by bare name.
+
+    Raises:
+        ConfigError: no such file, an unknown key, or a config that does not exist.
+    """
+    path = Path(file)
+    if not path.is_file():
+        path = config_dir() / "studies" / file
+    if not path.is_file():
+        known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
+        raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    folder = Path(output or content["output"])
+    runs = []
+    for entry in content["runs"]:
+        for key in entry.keys() - RUN_KEYS:
+            raise ConfigError(
+                f"study '{file}': {key} is no key of a run{did_you_mean(key, RUN_KEYS)}"
+            )
+        opts = [str(o).replace("{output}", str(folder)) for o in content.get("opts", [])]
+        opts += [str(o).replace("{output}", str(folder)) for o in entry.get("opts", [])]
+        for seed in entry.get("seeds", [None]):
+            run = StudyRun(
+                name=entry["name"],
+                config=entry["config"],
+                folder=folder / entry["name"] / ("" if seed is None else f"seed{seed}"),
+                opts=[*opts, *([] if seed is None else ["SEED", str(seed)])],
+            )
+            run.max_iter = get_config(run.config, run.opts).SOLVER.MAX_ITER
+            runs.append(run)
+    return Study(folder, runs)
+
+
+def run_study(study: Study) -> list[StudyRun]:
+    """Runs what is not finished yet; returns the runs that failed.
+
+    Raises:
+        KeyboardInterrupt: the current run wrote its checkpoint; the same command goes on.
+    """
+    failed = []
+    todo = [run for run in study.runs if not run.finished]
+    total = sum(run.max_iter for run in study.runs)
+    started, done_before = time.monotonic(), None
+    for run in todo:
+        done = sum(r.iterations_done() for r in study.runs)
+        done_before = done if done_before is None else done_before
+        number = study.runs.index(run) + 1
+        left = _time_left(started, done_before, done, total)
+        print(f"[{number}/{len(study.runs)}] {run.folder}{left}", flush=True)
+        code = run_one(run)
+        if code == INTERRUPTED_EXIT_CODE:
+            raise KeyboardInterrupt
+        if code:
+            failed.append(run)
+            print(f"FAILED with exit code {code}: {run.folder}; last lines of {console(run)}:")
+            print("".join(f"    {line}\n" for line in last_lines(console(run))), flush=True)
+    return failed
+
+
+def _time_left(started: float, done_before: int, done: int, total: int) -> str:
+    if done <= done_before:
+        return ""
+    seconds = (time.monotonic() - started) / (done - done_before) * (total - done)
+    return f", about {seconds / 60:.0f} min left in the study"
+
+
+def run_one(run: StudyRun) -> int:
+    """Runs one training as a process with a progress bar; returns its exit code."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        *(sys.executable, "-m", "kd_detectron.engine.main"),
+        *("--config-file", run.config, "--resume"),
+        *run.opts,
+        *("OUTPUT_DIR", str(run.folder)),
+    ]
+    with open(console(run), "ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _show_progress(run, process)
+        except KeyboardInterrupt:
+            # The child got the same signal and is writing its checkpoint.
+            process.wait()
+            if process.returncode == 0:
+                raise
+    return process.returncode
+
+
+def _show_progress(run: StudyRun, process: subprocess.Popen) -> None:
+    bar = tqdm(total=run.max_iter, initial=run.iterations_done(), unit="it", desc=run.name)
+    with bar:
+        while process.poll() is None:
+            time.sleep(1)
+            records = read_metrics(str(run.folder / "metrics.json"))
+            if records:
+                latest = records[-1]
+                bar.update(int(latest["iteration"]) + 1 - bar.n)
+                shown = {"loss": latest.get("total_loss")}
+                aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
+                shown["AP"] = aps[-1] if aps else None
+                bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
+
+
+def console(run: StudyRun) -> Path:
+    """The file that holds what a run printed."""
+    return run.folder / "console.log"
+
+
+def last_lines(path: Path, count: int = 5) -> list[str]:
+    """The last lines of a text file."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+
+
+def report(study: Study) -> None:
+    """Prints the table of the finished runs and writes table and figures into the study's folder.
+
+    The run named "teacher", if there is one, is the teacher of the table and the pictures.
+    """
+    teacher = next((r.folder for r in study.runs if r.name == TEACHER and r.finished), None)
+    students = [load_run(run.folder) for run in study.runs if run.finished and run.name != TEACHER]
+    if students:
+        print(write_report(study.output, students, teacher=teacher))
+        print(f"\ntable and pictures: {study.output}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """What ``tools/run_study.py`` does; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Runs a list of trainings and compares them.")
+    parser.add_argument("study", help="a study file, by path or by name in configs/studies")
+    parser.add_argument("--output", help="another output folder than the file's")
+    args = parser.parse_args(argv)
+    try:
+        study = load_study(args.study, args.output)
+        failed = run_study(study)
+        report(study)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED_EXIT_CODE
+    if failed:
+        names = ", ".join(str(run.folder) for run in failed)
+        print(f"{len(failed)} runs failed: {names}; the same command tries them again")
+    return FAILED_EXIT_CODE if failed else 0

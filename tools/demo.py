@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""The demo: synthetic data, a teacher, the student alone, the student with CKD + ReviewKD.
+
+tools/demo.py [--output output/demo]
+
+Stopped at any moment, the same command goes on from there.
+"""
+
+import sys
+
+from kd_detectron.engine.demo import main
+
+if __name__ == "__main__":
+    sys.exit(main())
