@@ -99,8 +99,9 @@ class TimmBackbone(Backbone):
                 outputs = self(torch.zeros(1, 3, height, width))
             found = [tuple(output.shape[1:]) for output in outputs.values()]
         except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).split("\n")[0]
             raise ConfigError(
-                f"MODEL.TIMM.NAME '{name}' does not take images of any size ({error}): name a"
+                f"MODEL.TIMM.NAME '{name}' does not take images of any size ({reason}): name a"
                 " convolutional network, such as 'mobilenetv3_large_100' or 'convnext_tiny'"
             ) from error
         self.net.train()

@@ -52,8 +52,9 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
             os.remove(temporary)
         # torch.save reports a failed write as a RuntimeError of its zip writer.
         if isinstance(error, (OSError, RuntimeError)):
+            reason = str(error).split("\n")[0]
             raise CheckpointWriteError(
-                f"{path} could not be written ({error}): the unfinished file was removed and the"
+                f"{path} could not be written ({reason}): the unfinished file was removed and the"
                 " checkpoints already in that folder are intact; free some disk space or set"
                 " OUTPUT_DIR to another disk, then continue with --resume"
             ) from error
