@@ -6,17 +6,20 @@ its teacher. A record is one image as Detectron2's datasets describe it: a dict 
 by Detectron2's own test-time mapper, in its own channel order.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
-from detectron2.structures import Instances
+from detectron2.modeling.poolers import assign_boxes_to_levels
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from kd_detectron.analysis.runs import TASKS, backbone_name, load_run
@@ -24,6 +27,7 @@ from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.config import get_config, load_run_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.modeling.taps import box_head_of
 from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
 
 # What a run leaves, the best first.
@@ -51,10 +55,91 @@ class LoadedModel:
         record = {key: record[key] for key in ("file_name", "height", "width") if key in record}
         return DatasetMapper(self.cfg, is_train=False)(record)
 
+    def batch(self, record: dict) -> ImageList:
+        """Reads a record as a batch of one, normalised and padded, on the model's device."""
+        return self.model.preprocess_image([self.inputs(record)])
+
+    def features(self, record: dict) -> dict[str, torch.Tensor]:
+        """Returns the feature maps of one record: level name -> (C, H, W), without the padding."""
+        batch = self.batch(record)
+        with torch.no_grad():
+            maps = self.model.backbone(batch.tensor)
+        height, width = batch.image_sizes[0]
+        padded_height, padded_width = batch.tensor.shape[-2:]
+        return {
+            level: one[
+                0,
+                :,
+                : math.ceil(one.shape[-2] * height / padded_height),
+                : math.ceil(one.shape[-1] * width / padded_width),
+            ].cpu()
+            for level, one in maps.items()
+        }
+
+    def logits(self, record: dict, boxes: np.ndarray) -> torch.Tensor:
+        """Returns the box head's logits (R, K+1) for given boxes (R, 4), XYXY in image pixels."""
+        batch = self.batch(record)
+        with torch.no_grad():
+            return BoxClassifier(self, boxes, record, batch)(batch.tensor).cpu()
+
     def detect(self, record: dict) -> Instances:
         """Returns the detections on one record, in pixels of the image file, on the CPU."""
         with torch.no_grad():
             return self.model([self.inputs(record)])[0]["instances"].to("cpu")
+
+
+class BoxClassifier(nn.Module):
+    """A detector as a classifier of given boxes: images -> logits (R, K+1), with graph.
+
+    Attributes:
+        levels: an identity layer on every feature level that the boxes are pooled from; hooks on
+            them see the level's map and its gradient.
+    """
+
+    def __init__(self, loaded: LoadedModel, boxes: np.ndarray, record: dict, batch: ImageList):
+        """
+        Args:
+            loaded: the detector.
+            boxes: (R, 4), XYXY in pixels of the image file.
+            record: the image, with its height and width.
+            batch: the image as the model gets it.
+
+        Raises:
+            ConfigError: the detector has no box head, or one for each of several stages.
+        """
+        super().__init__()
+        if box_head_of(loaded.model) is None:
+            raise ConfigError(
+                f"{loaded.label} ({loaded.cfg.MODEL.META_ARCHITECTURE}) has not exactly one box "
+                "head, so given boxes cannot be classified; use a Faster or Mask R-CNN"
+            )
+        self.detector = loaded.model
+        heads = loaded.model.roi_heads
+        height, width = batch.image_sizes[0]
+        scale = [width / record["width"], height / record["height"]] * 2
+        boxes = torch.as_tensor(boxes, dtype=torch.float32) * torch.tensor(scale)
+        self.boxes = Boxes(boxes.to(batch.tensor.device))
+        self.levels = nn.ModuleDict({level: nn.Identity() for level in heads.box_in_features})
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        heads = self.detector.roi_heads
+        features = self.detector.backbone(images)
+        features = [tap(features[level]) for level, tap in self.levels.items()]
+        return heads.box_predictor(heads.box_head(heads.box_pooler(features, [self.boxes])))[0]
+
+    def level_of_box(self) -> str:
+        """Returns the name of the level that the first box is pooled from."""
+        pooler = self.detector.roi_heads.box_pooler
+        if len(self.levels) == 1:
+            return next(iter(self.levels))
+        index = assign_boxes_to_levels(
+            [self.boxes[:1]],
+            pooler.min_level,
+            pooler.max_level,
+            pooler.canonical_box_size,
+            pooler.canonical_level,
+        )
+        return list(self.levels)[int(index[0])]
 
 
 def load_student(run_folder: str | Path, *, label: str = "", weights: str = "") -> LoadedModel:
@@ -86,6 +171,7 @@ def load_teacher_of(run_folder: str | Path, *, label: str = "") -> LoadedModel:
         ConfigError: the run names no teacher, or it is not found or does not fit its checkpoint.
     """
     cfg = load_run_config(run_folder)
+    cfg.MODEL.DEVICE = _device(cfg)
     return _load_as_teacher(cfg, label)
 
 
@@ -101,6 +187,7 @@ def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
         ConfigError: config or checkpoint is not found, or they do not fit.
     """
     cfg = get_config("baseline_rcnn_r18.yaml")
+    cfg.MODEL.DEVICE = _device(cfg)
     cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = config, weights
     return _load_as_teacher(cfg, label or None)
 
@@ -140,7 +227,10 @@ def load_models(
         distilled = [folder for folder in run_folders if load_run(folder).teacher]
         models += [load_teacher_of(folder) for folder in distilled[:1]]
     pairs = zip(run_folders, labels, strict=True)
-    return models + [load_student(folder, label=label) for folder, label in pairs]
+    students = [load_student(folder, label=label) for folder, label in pairs]
+    for model in models:
+        _see_the_size_of(model.cfg, students[-1].cfg)
+    return models + students
 
 
 def dataset_records(cfg: CfgNode, name: str = "") -> tuple[list[dict], list[str]]:
@@ -190,13 +280,33 @@ def find_records(records: Sequence[dict], names: Sequence[str]) -> list[dict]:
     return [by_name[Path(name).name] for name in names]
 
 
+def check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:
+    """Refuses a model whose number of classes is not the dataset's.
+
+    Raises:
+        ConfigError: naming both numbers.
+    """
+    heads = getattr(model.model, "roi_heads", model.model)
+    count = getattr(heads, "num_classes", len(class_names))
+    if count != len(class_names):
+        raise ConfigError(
+            f"{model.label} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset "
+            f"has {len(class_names)}; name the dataset that it was trained for"
+        )
+
+
 def read_rgb(record: dict):
     """Reads a record's image file: (H, W, 3) uint8, RGB."""
     return read_image(record["file_name"], format="RGB")
 
 
+def _see_the_size_of(cfg: CfgNode, other: CfgNode) -> None:
+    """Makes one model read images at the size of another, so that they compare."""
+    cfg.INPUT.MIN_SIZE_TEST = other.INPUT.MIN_SIZE_TEST
+    cfg.INPUT.MAX_SIZE_TEST = other.INPUT.MAX_SIZE_TEST
+
+
 def _load_as_teacher(cfg: CfgNode, label: str | None) -> LoadedModel:
-    cfg.MODEL.DEVICE = _device(cfg)
     teacher_cfg = teacher_config(cfg)
     model = build_teacher_model(teacher_cfg).eval()
     name = backbone_name(teacher_cfg)

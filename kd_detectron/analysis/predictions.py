@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kd_detectron.analysis.curves import DPI
-from kd_detectron.analysis.models import LoadedModel, read_rgb
+from kd_detectron.analysis.models import LoadedModel, check_classes, read_rgb
 from kd_detectron.errors import ConfigError
 
 GROUND_TRUTH = "ground truth"
@@ -80,7 +80,7 @@ def draw_predictions(
     if not records:
         raise ConfigError("there is no image to draw: the dataset has no annotated image")
     for model in models:
-        _check_classes(model, class_names)
+        check_classes(model, class_names)
     titles = [GROUND_TRUTH, *(f"{m.label}\n{m.ap}".strip() for m in models)]
     rows = []
     for record in records:
@@ -182,13 +182,3 @@ def class_colours(used: Sequence[int], num_classes: int) -> dict[int, tuple]:
             # Steps of the golden ratio spread any number of hues evenly.
             colours[index] = colorsys.hsv_to_rgb((number * 0.618034) % 1.0, 0.8, 1.0)
     return colours
-
-
-def _check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:
-    heads = getattr(model.model, "roi_heads", model.model)
-    count = getattr(heads, "num_classes", len(class_names))
-    if count != len(class_names):
-        raise ConfigError(
-            f"{model.label} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset "
-            f"has {len(class_names)}; name the dataset that it was trained for"
-        )
