@@ -18,7 +18,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from kd_detectron.analysis.curves import DPI
+from kd_detectron.analysis.figures import new_figure, save_figure
 from kd_detectron.analysis.models import BoxClassifier, LoadedModel, check_classes, read_rgb
 from kd_detectron.analysis.predictions import ground_truth
 from kd_detectron.errors import ConfigError
@@ -69,9 +69,8 @@ def draw_cams(
         check_classes(model, class_names)
     titles = ["object", *(f"{model.label}\n{model.ap}".strip() for model in models)]
     heights = [record["height"] / record["width"] for record in records]
-    size = (_PANEL_INCHES * len(titles) + 0.8, (_PANEL_INCHES + 0.25) * sum(heights) + 0.8)
-    figure = Figure(figsize=size, layout="constrained", dpi=DPI)
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)
+    height = _PANEL_INCHES * sum(heights) + 0.35 * len(records) + 0.6
+    figure = new_figure(_PANEL_INCHES * len(titles) + 0.8, height)
     grid = figure.add_gridspec(len(records), len(titles), height_ratios=heights)
     for row, record in enumerate(records):
         image = read_rgb(record)
@@ -96,9 +95,7 @@ def draw_cams(
         ScalarMappable(cmap="turbo"), ax=figure.axes, shrink=0.6, aspect=30, pad=0.01
     )
     bar.set_label("class activation, relative to the map's maximum")
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
 def activation_map(

@@ -15,12 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from kd_detectron.analysis.figures import PALETTE, new_figure, save_figure
 from kd_detectron.analysis.runs import TASKS, Run, distiller_names
 from kd_detectron.errors import ConfigError
-
-# Okabe and Ito's palette: told apart also by the colour-blind; black is left for the teacher.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#F0E442")
-DPI = 150
 
 _TITLES = {
     "total_loss": "Total loss",
@@ -62,7 +59,7 @@ def plot_curves(
     styles = {name: _style(index) for index, name in enumerate(names)}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(4.6 * columns, 3.3 * rows + 0.9), layout="constrained", dpi=DPI)
+    figure = new_figure(4.6 * columns, 3.3 * rows + 0.9)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         for run, label in zip(runs, labels, strict=True):
@@ -91,9 +88,7 @@ def plot_curves(
         frameon=False,
         fontsize=11,
     )
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
 def _draw(

@@ -21,7 +21,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from kd_detectron.analysis.curves import DPI, PALETTE
+from kd_detectron.analysis.figures import PALETTE, new_figure, save_figure
 from kd_detectron.analysis.models import LoadedModel, read_rgb
 from kd_detectron.errors import ConfigError
 
@@ -121,9 +121,7 @@ def draw_feature_differences(
     ratio = image.shape[0] / image.shape[1]
     columns = len(levels) + 1
     maps_height = (_PANEL_INCHES * ratio + 0.3) * len(students) + 0.9
-    figure = Figure(
-        figsize=(_PANEL_INCHES * columns + 1.0, maps_height + 4.0), layout="constrained", dpi=DPI
-    )
+    figure = new_figure(_PANEL_INCHES * columns + 1.0, maps_height + 4.0)
     top, bottom = figure.subfigures(2, 1, height_ratios=[maps_height, 4.0])
 
     scale = Normalize(0, max(one.maps[level].max() for one in found for level in levels))
@@ -165,9 +163,7 @@ def draw_feature_differences(
         axes.set_ylabel(label)
     handles, labels = charts[0].get_legend_handles_labels()
     bottom.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
 def _draw_bars(axes, levels: Sequence[str], values: Sequence[dict], labels: Sequence[str]) -> None:

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from kd_detectron.analysis.curves import DPI
+from kd_detectron.analysis.figures import new_figure, save_figure
 from kd_detectron.analysis.models import LoadedModel, check_classes
 from kd_detectron.analysis.predictions import class_colours, ground_truth
 from kd_detectron.errors import ConfigError
@@ -86,18 +88,23 @@ def draw_correlations(
             raise ConfigError("correlations need two boxes, the chosen images have one")
         matrices.append(class_correlation(logits))
     names = [*class_names, "background"]
-    figure = Figure(figsize=(3.9 * len(matrices) + 1.0, 8.0), layout="constrained", dpi=DPI)
+    figure = new_figure(3.9 * len(matrices) + 1.5, 8.8)
     axes = figure.subplots(2, len(matrices), squeeze=False)
     differences = [np.abs(matrix - matrices[0]) for matrix in matrices[1:]]
     top = Normalize(-1, 1)
     low = Normalize(0, max(float(np.nanmax(d, initial=0.0)) for d in differences) or 1.0)
     for column, model in enumerate((teacher, *students)):
-        _draw_matrix(axes[0, column], matrices[column], "RdBu_r", top, names)
+        _draw_matrix(axes[0, column], matrices[column], "RdBu_r", top)
         axes[0, column].set_title(f"{model.label}\n{model.ap}".strip(), fontsize=13)
         if column:
             difference = differences[column - 1]
-            _draw_matrix(axes[1, column], difference, "magma", low, names)
+            _draw_matrix(axes[1, column], difference, "magma", low)
             axes[1, column].set_title(f"distance to the teacher: {np.nanmean(difference):.3f}")
+    # Each class is named once a row and once a column.
+    _name_classes(axes[0, 0].yaxis, names)
+    _name_classes(axes[1, 1].yaxis, names)
+    for panel in (axes[0, 0], *axes[1, 1:]):
+        _name_classes(panel.xaxis, names, rotation=90)
     axes[1, 0].axis("off")
     axes[1, 0].text(
         0.5,
@@ -113,9 +120,7 @@ def draw_correlations(
     bar.set_label("correlation")
     bar = figure.colorbar(ScalarMappable(low, "magma"), ax=axes[1], shrink=0.8, pad=0.01)
     bar.set_label("absolute difference")
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
 def draw_tsne(
@@ -145,7 +150,7 @@ def draw_tsne(
         from sklearn.manifold import TSNE
     except ImportError as error:
         raise ConfigError("t-SNE needs scikit-learn: pip install scikit-learn") from error
-    figure = Figure(figsize=(4.4 * len(models), 5.4), layout="constrained", dpi=DPI)
+    figure = new_figure(4.4 * len(models), 5.4)
     panels = figure.subplots(1, len(models), squeeze=False)[0]
     for axes, model in zip(panels, models, strict=True):
         check_classes(model, class_names)
@@ -177,17 +182,18 @@ def draw_tsne(
         frameon=False,
         title=f"t-SNE of the logits of {len(classes)} annotated boxes, by true class",
     )
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
-def _draw_matrix(axes, matrix: np.ndarray, cmap: str, norm: Normalize, names: list[str]) -> None:
+def _draw_matrix(axes: Axes, matrix: np.ndarray, cmap: str, norm: Normalize) -> None:
     axes.set_facecolor("0.8")
     axes.imshow(matrix, cmap=cmap, norm=norm, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+
+
+def _name_classes(axis: Axis, names: list[str], *, rotation: float = 0) -> None:
     if len(names) <= _MAX_CLASS_LABELS:
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
-        axes.set_yticks(range(len(names)), names, fontsize=9)
+        axis.set_ticks(range(len(names)), names, rotation=rotation, fontsize=9)
     else:
-        axes.set_xlabel("class index, background last")
-        axes.set_ylabel("class index")
+        axis.set_ticks(range(0, len(names), 10))
+        axis.set_label_text("class index, background last")

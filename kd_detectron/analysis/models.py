@@ -22,7 +22,7 @@ from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from kd_detectron.analysis.runs import TASKS, backbone_name, load_run
+from kd_detectron.analysis.runs import TASKS, Run, backbone_name, load_run
 from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.config import get_config, load_run_config
 from kd_detectron.data.coco_format import register_coco_format
@@ -156,12 +156,8 @@ def load_student(run_folder: str | Path, *, label: str = "", weights: str = "") 
     run = load_run(run_folder)
     cfg = load_run_config(run_folder)
     weights = weights or _last_checkpoint(run.path)
-    ap = ", ".join(
-        f"{run.results[task]['AP']:.1f} {name} AP"
-        for task, name in TASKS.items()
-        if "AP" in run.results.get(task, {})
-    )
-    return LoadedModel(label or f"{run.method} {run.student}", _build(cfg, weights), cfg, ap)
+    label = label or f"{run.method} {run.student}"
+    return LoadedModel(label, _build(cfg, weights), cfg, _ap_text(run))
 
 
 def load_teacher_of(run_folder: str | Path, *, label: str = "") -> LoadedModel:
@@ -310,7 +306,8 @@ def _load_as_teacher(cfg: CfgNode, label: str | None) -> LoadedModel:
     teacher_cfg = teacher_config(cfg)
     model = build_teacher_model(teacher_cfg).eval()
     name = backbone_name(teacher_cfg)
-    return LoadedModel(label or (name if label is None else f"teacher {name}"), model, teacher_cfg)
+    label = label or (name if label is None else f"teacher {name}")
+    return LoadedModel(label, model, teacher_cfg, _ap_of_checkpoint(teacher_cfg.MODEL.WEIGHTS))
 
 
 def _build(cfg: CfgNode, weights: str) -> nn.Module:
@@ -329,6 +326,20 @@ def _build(cfg: CfgNode, weights: str) -> nn.Module:
             f"are missing or of another shape, the first is {sorted(missing)[0]}"
         )
     return model
+
+
+def _ap_text(run: Run) -> str:
+    return ", ".join(
+        f"{run.results[task]['AP']:.1f} {name} AP"
+        for task, name in TASKS.items()
+        if "AP" in run.results.get(task, {})
+    )
+
+
+def _ap_of_checkpoint(weights: str) -> str:
+    """The AP of the run that wrote a checkpoint, if it lies in a run folder."""
+    folder = Path(weights).parent
+    return _ap_text(load_run(folder)) if (folder / "config.yaml").is_file() else ""
 
 
 def _device(cfg: CfgNode) -> str:

@@ -16,7 +16,7 @@ from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from kd_detectron.analysis.curves import DPI
+from kd_detectron.analysis.figures import new_figure, save_figure
 from kd_detectron.analysis.models import LoadedModel, check_classes, read_rgb
 from kd_detectron.errors import ConfigError
 
@@ -91,9 +91,7 @@ def draw_predictions(
     used = sorted({c for _, _, panels in rows for objects in panels for c in objects.classes})
     colours = class_colours(used, len(class_names))
     heights = [image.shape[0] / image.shape[1] for _, image, _ in rows]
-    size = (_PANEL_INCHES * len(titles), _PANEL_INCHES * sum(heights) + 1.2)
-    figure = Figure(figsize=size, layout="constrained", dpi=DPI)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.03)
+    figure = new_figure(_PANEL_INCHES * len(titles), _PANEL_INCHES * sum(heights) + 1.2)
     grid = figure.add_gridspec(len(rows), len(titles), height_ratios=heights)
     for row, (record, image, panels) in enumerate(rows):
         for column, objects in enumerate(panels):
@@ -113,9 +111,7 @@ def draw_predictions(
         frameon=False,
         fontsize=10,
     )
-    if path is not None:
-        figure.savefig(path)
-    return figure
+    return save_figure(figure, path)
 
 
 def ground_truth(record: dict) -> Objects:

@@ -9,6 +9,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from PIL import Image
 
 from kd_detectron.config import add_kd_config, load_run_config
 
@@ -68,6 +69,19 @@ def write_run(tmp_path):
         return folder
 
     return write
+
+
+@pytest.fixture
+def check_picture():
+    """Returns a function that asserts that an image shows something and nothing is cut off."""
+
+    def check(path):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert pixels.std() > 0
+        for border in (pixels[:2], pixels[-2:], pixels[:, :2], pixels[:, -2:]):
+            assert (border == 255).all()
+
+    return check
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.nn.functional import interpolate
 
 from kd_detectron.analysis.cams import activation_map, draw_cams, largest_object
@@ -72,7 +71,7 @@ def test_hooks_are_gone_afterwards(model):
     assert not any(module._forward_hooks for module in model.model.modules())
 
 
-def test_one_panel_an_object_and_model(write_trained_run, model, tmp_path):
+def test_one_panel_an_object_and_model(write_trained_run, model, tmp_path, check_picture):
     other = load_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3))
     records, names = dataset_records(model.cfg)
     figure = draw_cams([model, other], records[:2], names, tmp_path / "cam.png")
@@ -86,7 +85,7 @@ def test_one_panel_an_object_and_model(write_trained_run, model, tmp_path):
     for axes in (*panels[1:3], *panels[4:6]):
         assert np.asarray(axes.images[1].get_array()).std() > 0
         assert axes.get_xlabel().startswith("p(")
-    assert np.asarray(Image.open(tmp_path / "cam.png")).std() > 0
+    check_picture(tmp_path / "cam.png")
 
 
 def test_image_without_objects_gets_one_sentence(model):

@@ -1,7 +1,5 @@
-import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from PIL import Image
 
 from kd_detectron.analysis.curves import plot_curves
 from kd_detectron.analysis.runs import load_run
@@ -28,7 +26,7 @@ def titles(figure):
     return [axes.get_title() for axes in figure.axes]
 
 
-def test_one_panel_a_quantity_and_one_colour_a_method(write_run, tmp_path):
+def test_one_panel_a_quantity_and_one_colour_a_method(write_run, tmp_path, check_picture):
     runs = [
         curve_run(write_run, "a"),
         curve_run(write_run, "b", ["CKD", "ReviewKD"], seed=1),
@@ -50,7 +48,7 @@ def test_one_panel_a_quantity_and_one_colour_a_method(write_run, tmp_path):
     assert colours[1] == colours[2] != colours[0]
     assert ap.get_lines()[0].get_ydata().tolist() == [9.0, 19.0, 29.0]
     assert {axes.get_xlabel() for axes in figure.axes} == {"iteration"}
-    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
+    check_picture(tmp_path / "curves.png")
 
 
 def test_mask_ap_has_a_panel_of_its_own(write_run):

@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from kd_detectron.analysis.features import (
     compare_features,
@@ -70,7 +69,7 @@ def test_padding_is_not_compared(student):
     assert student.features(records[0])["p2"].shape == (16, 16, 22)
 
 
-def test_maps_and_bars_of_every_level(student, teacher, write_trained_run, tmp_path):
+def test_maps_and_bars_of_every_level(student, teacher, write_trained_run, tmp_path, check_picture):
     distilled = load_student(write_trained_run("b", distillers=["ReviewKD"], seed=3))
     records, _ = dataset_records(student.cfg)
     figure = draw_feature_differences(
@@ -84,7 +83,7 @@ def test_maps_and_bars_of_every_level(student, teacher, write_trained_run, tmp_p
     heights = [bar.get_height() for bar in charts[0].containers[1]]
     assert heights == [found.difference[level] for level in LEVELS]
     assert all(np.asarray(maps[i].images[0].get_array()).std() > 0 for i in (1, 2, 7, 8))
-    assert np.asarray(Image.open(tmp_path / "features.png")).std() > 0
+    check_picture(tmp_path / "features.png")
 
 
 def test_models_that_do_not_compare_get_one_sentence(student, write_trained_run):

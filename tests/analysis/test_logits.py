@@ -1,7 +1,6 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from kd_detectron.analysis.logits import (
     box_logits,
@@ -38,7 +37,7 @@ def test_correlation_is_that_of_every_two_columns():
     assert np.isnan(matrix[2]).all() and np.isnan(matrix[:, 2]).all()
 
 
-def test_each_student_stands_above_its_distance_to_the_teacher(models, tmp_path):
+def test_each_student_stands_above_its_distance_to_the_teacher(models, tmp_path, check_picture):
     records, names = dataset_records(models[0].cfg)
     teacher, *students = models
     figure = draw_correlations(teacher, students, records, names, tmp_path / "c.png")
@@ -53,15 +52,15 @@ def test_each_student_stands_above_its_distance_to_the_teacher(models, tmp_path)
     ]
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == ["cat", "dog", "hen", "background"]
-    assert np.asarray(Image.open(tmp_path / "c.png")).std() > 0
+    check_picture(tmp_path / "c.png")
 
 
-def test_tsne_has_a_panel_a_model_and_a_point_a_box(models, tmp_path):
+def test_tsne_has_a_panel_a_model_and_a_point_a_box(models, tmp_path, check_picture):
     records, names = dataset_records(models[0].cfg)
     figure = draw_tsne(models, records, names, tmp_path / "t.png")
     assert [len(axes.collections[0].get_offsets()) for axes in figure.axes] == [6, 6, 6]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["cat", "dog", "hen"]
-    assert np.asarray(Image.open(tmp_path / "t.png")).std() > 0
+    check_picture(tmp_path / "t.png")
     with pytest.raises(ConfigError, match="t-SNE needs four boxes"):
         draw_tsne(models, records[:3], names)

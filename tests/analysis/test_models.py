@@ -14,7 +14,7 @@ from kd_detectron.errors import ConfigError
 
 @pytest.fixture
 def teacher_opts(write_trained_run):
-    folder = write_trained_run("teacher", depth=101, seed=7)
+    folder = write_trained_run("teacher", depth=101, seed=7, ap=[40.0])
     return ["KD.TEACHER.WEIGHTS", str(folder / "student_final.pth")], str(folder / "config.yaml")
 
 
@@ -34,7 +34,7 @@ def test_teacher_is_the_one_that_the_run_names(write_trained_run, teacher_opts):
     opts, config = teacher_opts
     folder = write_trained_run("run", distillers=["CKD"], teacher=config, opts=opts)
     teacher = load_teacher_of(folder)
-    assert teacher.label == "teacher R101"
+    assert (teacher.label, teacher.ap) == ("teacher R101", "40.0 box AP")
     saved = torch.load(opts[1])["model"]
     assert torch.equal(
         teacher.model.state_dict()["backbone.fpn_lateral2.weight"],

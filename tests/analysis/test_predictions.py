@@ -1,6 +1,5 @@
 import numpy as np
 import pytest
-from PIL import Image
 
 from kd_detectron.analysis.models import choose_records, dataset_records, load_student
 from kd_detectron.analysis.predictions import (
@@ -21,7 +20,7 @@ def models(write_trained_run):
     ]
 
 
-def test_one_panel_an_image_and_model_beside_the_ground_truth(models, tmp_path):
+def test_one_panel_an_image_and_model_beside_the_ground_truth(models, tmp_path, check_picture):
     records, names = dataset_records(models[0].cfg)
     figure = draw_predictions(
         models, choose_records(records, 2), names, tmp_path / "p.png", score_threshold=0.0
@@ -32,7 +31,7 @@ def test_one_panel_an_image_and_model_beside_the_ground_truth(models, tmp_path):
     panels = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
     assert all(panel.std() > 0 for panel in panels)
     assert not np.array_equal(panels[1], panels[2])
-    assert np.asarray(Image.open(tmp_path / "p.png")).std() > 0
+    check_picture(tmp_path / "p.png")
 
 
 def test_masks_are_drawn(write_trained_run):
