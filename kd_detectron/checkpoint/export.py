@@ -27,6 +27,7 @@ from kd_detectron.errors import ConfigError
 _logger = logging.getLogger(__name__)
 
 PLAIN_META_ARCHITECTURES = {
+    "DistilledPanopticFPN": "PanopticFPN",
     "DistilledRCNN": "GeneralizedRCNN",
     "DistilledRetinaNet": "RetinaNet",
 }

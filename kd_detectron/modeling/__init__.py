@@ -1,7 +1,15 @@
 """The distilled meta-architectures, the frozen teacher and the context between them."""
 
 from .context import DistillationContext
+from .distilled_panoptic_fpn import DistilledPanopticFPN
 from .distilled_rcnn import DistilledRCNN
+from .distilled_retinanet import DistilledRetinaNet
 from .teacher import FrozenTeacher
 
-__all__ = ["DistillationContext", "DistilledRCNN", "FrozenTeacher"]
+__all__ = [
+    "DistillationContext",
+    "DistilledPanopticFPN",
+    "DistilledRCNN",
+    "DistilledRetinaNet",
+    "FrozenTeacher",
+]

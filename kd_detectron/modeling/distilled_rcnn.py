@@ -41,20 +41,38 @@ class DistillationMixin:
             run.
     """
 
-    def _add_distillation(
+    @configurable
+    def __init__(
         self,
-        teacher: FrozenTeacher | None,
-        distillers: dict[str, Distiller],
-        weights: dict[str, float],
-        input_format: str,
-    ) -> None:
+        *,
+        teacher: FrozenTeacher | None = None,
+        distillers: dict[str, Distiller] | None = None,
+        distillation_weights: dict[str, float] | None = None,
+        **student,
+    ):
+        """
+        Args:
+            teacher: the frozen teacher; None with no distillers.
+            distillers: distillers by name.
+            distillation_weights: loss weight by distiller name, 1 where absent.
+            student: the arguments of the detector class.
+        """
+        super().__init__(**student)
+        distillers = dict(distillers or {})
+        weights = distillation_weights or {}
         if distillers and teacher is None:
             raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
+        if distillers and self.input_format is None:
+            raise ConfigError("input_format is None; give the student's, 'BGR' or 'RGB'")
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
         self.distillation_weights = {name: weights.get(name, 1.0) for name in distillers}
         self.distillation_factor = 1.0
-        self._student_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict:
+        student = super().from_config(cfg)
+        return student | build_distillers(cfg, student)
 
     def forward(self, batched_inputs: list[dict]):
         if not self.training or not self.distillers:
@@ -66,7 +84,7 @@ class DistillationMixin:
             taps,
             self.teacher,
             batched_inputs,
-            student_format=self._student_format,
+            student_format=self.input_format,
             num_classes=getattr(getattr(self, "roi_heads", self), "num_classes", None),
         )
         return losses | self.distillation_losses(context, losses)
@@ -98,30 +116,4 @@ class DistillationMixin:
 
 @META_ARCH_REGISTRY.register()
 class DistilledRCNN(DistillationMixin, GeneralizedRCNN):
-    """``GeneralizedRCNN`` (Faster and Mask R-CNN and relatives) as a distilled student."""
-
-    @configurable
-    def __init__(
-        self,
-        *,
-        teacher: FrozenTeacher | None = None,
-        distillers: dict[str, Distiller] | None = None,
-        distillation_weights: dict[str, float] | None = None,
-        **student,
-    ):
-        """
-        Args:
-            teacher: the frozen teacher; None with no distillers.
-            distillers: distillers by name.
-            distillation_weights: loss weight by distiller name, 1 where absent.
-            student: the arguments of ``GeneralizedRCNN``.
-        """
-        super().__init__(**student)
-        self._add_distillation(
-            teacher, distillers or {}, distillation_weights or {}, student.get("input_format")
-        )
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode) -> dict:
-        student = super().from_config(cfg)
-        return student | build_distillers(cfg, student)
+    """``GeneralizedRCNN`` as a distilled student: Faster, Mask, Keypoint and Cascade R-CNN."""

@@ -9,9 +9,9 @@ The teacher sees each image as it was trained to: channel order first (flipped w
 BGR statistics; this project does not (``test_teacher_sees_the_image_as_it_was_trained_to``).
 
 It always runs in eval mode, so BatchNorm statistics never move, and under ``no_grad`` rather than
-``inference_mode``, since losses save its tensors for backward. Its RPN, mask and keypoint heads are
-dropped after the checkpoint was checked. ``roi_heads(...)`` is never called whole: that would
-resample boxes and write to the event storage.
+``inference_mode``, since losses save its tensors for backward. Its RPN, mask, keypoint and
+dense heads are dropped after the checkpoint was checked. ``roi_heads(...)`` is never called whole:
+that would resample boxes and write to the event storage.
 
 Legend: N images, R sampled proposals over the whole batch, K foreground classes.
 """
@@ -87,9 +87,9 @@ class FrozenTeacher:
         return model_spec(self.model)
 
     def drop_unused_heads(self) -> None:
-        """Frees the parts that distillation never runs: RPN, mask and keypoint heads."""
+        """Frees the parts that distillation never runs: RPN, mask, keypoint and dense heads."""
         for owner, names in (
-            (self.model, ("proposal_generator", "sem_seg_head")),
+            (self.model, ("proposal_generator", "sem_seg_head", "head")),
             (
                 getattr(self.model, "roi_heads", None),
                 ("mask_head", "mask_pooler", "keypoint_head", "keypoint_pooler"),
