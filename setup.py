@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "timm": ["timm>=1.0"],
+        "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
     },
 )

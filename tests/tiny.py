@@ -9,6 +9,18 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from kd_detectron import add_kd_config
 
 NUM_CLASSES = 3
+# The configs of the main job.
+MAIN_ROWS = [
+    f"{method}_{detector}_{pair}.yaml"
+    for detector in ("rcnn", "mask_rcnn")
+    for method, pairs in (
+        ("baseline", ("r18", "r50", "mv2")),
+        ("ckd", ("r101_r18", "r101_r50", "r50_mv2")),
+        ("reviewkd", ("r101_r18", "r101_r50", "r50_mv2")),
+        ("ckd_reviewkd", ("r101_r18", "r101_r50", "r50_mv2")),
+    )
+    for pair in pairs
+]
 
 
 def tiny_cfg(opts: list | None = None) -> CfgNode:

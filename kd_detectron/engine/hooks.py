@@ -173,8 +173,7 @@ class ExportStudent(HookBase):
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             folder = self._cfg.OUTPUT_DIR
-            path = export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self._cfg)
-            logger.info("The student alone, for plain Detectron2: %s", path)
+            export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self._cfg)
 
 
 class WriteResult(HookBase):

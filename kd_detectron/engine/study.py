@@ -9,9 +9,9 @@ A study file (``configs/studies/*.yaml``) names an output folder and its runs, i
       - {name: ckd, config: bccd/ckd_r18.yaml, seeds: [1, 2, 3], opts: [KD.CKD.WEIGHT, 0.1]}
 
 Each run is its own process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``.
-Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left for
-the next start. ``{output}`` in an option stands for the study's folder, so that a student can name
-the teacher's checkpoint.
+Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left
+for the next start. ``{output}`` in an option stands for the study's folder, so that a student can
+name the teacher's checkpoint.
 """
 
 import argparse

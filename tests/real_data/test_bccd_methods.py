@@ -1,0 +1,82 @@
+"""Every method trains on real images: 20 iterations on BCCD, its loss finite and falling."""
+
+import json
+import math
+
+import pytest
+import torch
+from detectron2.engine.hooks import PeriodicWriter
+from detectron2.modeling import build_model
+from detectron2.utils.events import JSONWriter
+
+from kd_detectron import get_config
+from kd_detectron.distillers import DISTILLER_REGISTRY
+from kd_detectron.engine.main import main
+from kd_detectron.modeling.teacher import teacher_config
+
+METHODS = sorted(
+    name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron.")
+)
+ITERATIONS = 20
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """The BCCD teacher with fixed random weights: what is imitated, not how good it is, matters."""
+    cfg = get_config("bccd/ckd_reviewkd_r18.yaml", ["MODEL.DEVICE", "cpu"])
+    cfg.KD.TEACHER.WEIGHTS = "none"
+    torch.manual_seed(0)
+    model = build_model(teacher_config(cfg))
+    path = tmp_path_factory.mktemp("teacher") / "teacher.pth"
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
+
+
+def losses(output):
+    lines = (output / "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def train(output, teacher, distillers, iterations=ITERATIONS):
+    opts = [
+        *("MODEL.DEVICE", "cpu"),
+        *("KD.DISTILLERS", repr(distillers)),
+        *("KD.TEACHER.WEIGHTS", teacher),
+        *("SOLVER.MAX_ITER", iterations),
+        *("SOLVER.STEPS", "()"),
+        *("SOLVER.WARMUP_ITERS", 5),
+        *("SOLVER.IMS_PER_BATCH", 2),
+        *("INPUT.MIN_SIZE_TRAIN", "(96,)"),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 32),
+        *("DATASETS.TEST", "()"),
+        *("TEST.EVAL_PERIOD", 0),
+        *("OUTPUT_DIR", output),
+    ]
+    assert main(["--config-file", "bccd/ckd_reviewkd_r18.yaml", *map(str, opts)]) == 0
+
+
+@pytest.fixture
+def every_iteration(monkeypatch):
+    """One record of unsmoothed losses every iteration, so that a trend can be seen."""
+    monkeypatch.setattr(JSONWriter.__init__, "__defaults__", (1,))
+    monkeypatch.setattr(PeriodicWriter.__init__, "__defaults__", (1,))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_trains_with_finite_falling_losses(
+    method, tmp_path, teacher, datasets_folder, every_iteration
+):
+    train(tmp_path / "run", teacher, [method])
+    records = [r for r in losses(tmp_path / "run") if "total_loss" in r]
+    assert len(records) == ITERATIONS
+    assert all(math.isfinite(v) for r in records for k, v in r.items() if "loss" in k)
+    values = [record[f"loss_{method.lower()}"] for record in records]
+    third = ITERATIONS // 3
+    assert sum(values[-third:]) < sum(values[:third]), values
+
+
+def test_all_methods_at_once_train(tmp_path, teacher, datasets_folder):
+    train(tmp_path / "run", teacher, METHODS, iterations=1)
+    record = losses(tmp_path / "run")[-1]
+    assert {f"loss_{method.lower()}" for method in METHODS} <= set(record)
+    assert all(math.isfinite(v) for k, v in record.items() if "loss" in k), record
