@@ -341,7 +341,7 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
         keys = sorted({key for other in namesakes for key in other})
         differing = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
         parts = [
-            f"{key.removeprefix('KD.').removeprefix('MODEL.')} {own.get(key, MISSING)}"
+            f"{key.removeprefix('KD.').removeprefix('MODEL.')} {_short(own.get(key))}"
             for key in differing[:3]
         ]
         if len(differing) > 3:
@@ -350,6 +350,12 @@ def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
             parts.append(f"unfinished, {run.iterations or 0} iterations")
         labels.append(run.method + (f" ({', '.join(parts)})" if parts else ""))
     return labels
+
+
+def _short(value: object, limit: int = 30) -> str:
+    """A config value as text that fits into a row's name."""
+    text = MISSING if value is None else str(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _statistics(group: Sequence[Run]) -> dict[tuple[str, str], Statistic]:
@@ -406,7 +412,7 @@ def _unfair(name: str, run: Run, baseline: Run) -> list[str]:
     keys = [key for key in keys if own.get(key) != base.get(key) and key != _ARCHITECTURE]
     if not keys:
         return []
-    shown = [f"{key} ({own.get(key, MISSING)}, baseline {base.get(key, MISSING)})" for key in keys]
+    shown = [f"{key} ({_short(own.get(key))}, baseline {_short(base.get(key))})" for key in keys]
     more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return [
         f"{name} differs from its baseline in {', '.join(shown[:3])}{more}: the gain is not the "

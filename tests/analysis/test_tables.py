@@ -80,6 +80,17 @@ def test_runs_that_differ_in_an_option_stay_apart_and_say_in_which(write_run):
     ]
 
 
+def test_long_config_values_do_not_stretch_the_table(write_run):
+    data = [["x" * 100, "a.json", "a"]]
+    runs = [
+        load_run(write_run("a", ap=[30.0])),
+        load_run(write_run("b", ap=[30.0], opts=["DATASETS.COCO_FORMAT", data])),
+    ]
+    labels = [row.method for row in build_table(runs).rows]
+    assert labels[0] == "baseline (DATASETS.COCO_FORMAT [])"
+    assert labels[1] == f"baseline (DATASETS.COCO_FORMAT [['{'x' * 24}...)"
+
+
 def test_missing_values_are_never_zero(write_run):
     ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0], seconds=None))
     table = build_table([ckd])
