@@ -33,7 +33,7 @@ from kd_detectron.config import find_config, get_config
 from kd_detectron.data.checks import check_datasets
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, NonFiniteLossError
-from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
+from kd_detectron.modeling.teacher import load_teacher
 
 from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
@@ -238,14 +238,12 @@ def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
 def evaluate_teacher(cfg: CfgNode) -> dict:
     """The teacher's AP on the student's test data, with the student's evaluator and image sizes."""
     check_data(cfg, train=False)
-    with_weights = teacher_config(cfg)
-    model = build_teacher_model(with_weights)
-    with_weights.DATASETS.TEST = cfg.DATASETS.TEST
-    with_weights.INPUT.MIN_SIZE_TEST = cfg.INPUT.MIN_SIZE_TEST
-    with_weights.INPUT.MAX_SIZE_TEST = cfg.INPUT.MAX_SIZE_TEST
-    with_weights.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
-    with_weights.DATALOADER.NUM_WORKERS = cfg.DATALOADER.NUM_WORKERS
-    return DistillationTrainer.test(with_weights, model)
+    model, input_format = load_teacher(cfg)
+    teacher_cfg = cfg.clone()
+    teacher_cfg.defrost()
+    teacher_cfg.INPUT.FORMAT = input_format
+    teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
+    return DistillationTrainer.test(teacher_cfg, model)
 
 
 def check(cfg: CfgNode) -> None:

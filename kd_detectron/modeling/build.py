@@ -103,20 +103,29 @@ def check_fits(
         )
     if "features" in requires:
         _check_levels(name, student, teacher.spec)
-        student_divisibility = student_model.backbone.size_divisibility
-        teacher_divisibility = teacher.model.backbone.size_divisibility
-        if student_divisibility != teacher_divisibility:
+        paddings = [padding_of(m.backbone) for m in (student_model, teacher.model)]
+        if paddings[0] != paddings[1]:
             raise ConfigError(
-                f"'{name}' compares feature maps, but images are padded to multiples of "
-                f"{student_divisibility} for the student (MODEL.BACKBONE.NAME) and "
-                f"{teacher_divisibility} for the teacher (KD.TEACHER.CONFIG_FILE), so their sizes "
-                "differ; choose backbones with the same coarsest stride"
+                f"'{name}' compares feature maps, but images are padded {paddings[0]} for the "
+                f"student (MODEL.BACKBONE.NAME) and {paddings[1]} for the teacher "
+                "(KD.TEACHER.CONFIG_FILE), so the maps' sizes differ; choose backbones that pad "
+                "alike, or distillers of logits or box features alone"
             )
     if "anchors" in requires and anchor_levels_of(student_model) is None:
         raise ConfigError(
             f"KD.DISTILLERS has '{name}', which reads anchors, but the student has no anchor "
             "generator; remove it or use an RPN (MODEL.PROPOSAL_GENERATOR.NAME)"
         )
+
+
+def padding_of(backbone) -> str:
+    """How Detectron2 pads images for a backbone, as text: "to multiples of 32" pixels."""
+    constraints = backbone.padding_constraints
+    multiple = constraints.get("size_divisibility", backbone.size_divisibility)
+    if square := constraints.get("square_size", 0):
+        side = math.ceil(square / multiple) * multiple if multiple else square
+        return f"to squares of {side}"
+    return f"to multiples of {multiple}"
 
 
 def _check_levels(name: str, student: ModelSpec, teacher: ModelSpec) -> None:

@@ -20,6 +20,8 @@ import contextlib
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2 import model_zoo
@@ -39,6 +41,7 @@ from kd_detectron.config import (
 from kd_detectron.distillers.base import ModelSpec
 from kd_detectron.errors import ConfigError, did_you_mean
 
+from .lazy_teacher import build_lazy_model, lazy_weights, read_lazy_config
 from .taps import box_head_of, box_predictor_of
 
 logger = logging.getLogger(__name__)
@@ -70,16 +73,34 @@ class FrozenTeacher:
         Raises:
             ConfigError: its config or checkpoint is not found, unreadable, or does not fit.
         """
-        teacher_cfg = teacher_config(cfg)
-        model = build_teacher_model(teacher_cfg)
-        teacher = cls(
-            model,
-            teacher_cfg.INPUT.FORMAT,
-            amp=cfg.KD.TEACHER.AMP,
-            name=cfg.KD.TEACHER.CONFIG_FILE,
-        )
+        model, input_format = load_teacher(cfg)
+        name = cfg.KD.TEACHER.CONFIG_FILE
+        teacher = cls(model, input_format, amp=cfg.KD.TEACHER.AMP, name=name)
         teacher.drop_unused_heads()
         return teacher
+
+    @classmethod
+    def from_name(
+        cls,
+        config_file: str,
+        *,
+        weights: str = "",
+        opts: Sequence = (),
+        amp: bool = True,
+        device: str = "cuda",
+    ) -> "FrozenTeacher":
+        """As :meth:`from_config`, from arguments that mean what the keys of ``KD.TEACHER`` mean.
+
+        LazyConfig users build their teacher with this (``configs/lazy/``).
+        """
+        cfg = get_cfg()
+        add_kd_config(cfg)
+        cfg.MODEL.DEVICE = device
+        cfg.KD.TEACHER.CONFIG_FILE = config_file
+        cfg.KD.TEACHER.WEIGHTS = weights
+        cfg.KD.TEACHER.OPTS = list(opts)
+        cfg.KD.TEACHER.AMP = amp
+        return cls.from_config(cfg)
 
     @property
     def spec(self) -> ModelSpec:
@@ -105,8 +126,18 @@ class FrozenTeacher:
         Args:
             batched_inputs: Detectron2's inputs; "image" is (3, H, W) in ``student_format``.
             student_format: the student's ``INPUT.FORMAT``, "BGR" or "RGB".
+
+        Raises:
+            ConfigError: an image is larger than the square that the teacher pads to (ViTDet).
         """
         images = [x["image"] for x in batched_inputs]
+        square = self.model.backbone.padding_constraints.get("square_size", 0)
+        largest = max(max(image.shape[-2:]) for image in images)
+        if square and largest > square:
+            raise ConfigError(
+                f"an image is {largest} pixels long, but the teacher {self.name} pads to a square "
+                f"of {square} and would cut it; set INPUT.MAX_SIZE_TRAIN to {square}"
+            )
         if student_format != self.input_format:
             images = [image.flip(0) for image in images]
         return self.model.preprocess_image([{"image": image} for image in images])
@@ -172,14 +203,40 @@ def has_logits(model: nn.Module) -> bool:
     return box_predictor_of(model) is not None
 
 
-def teacher_config(cfg: CfgNode) -> CfgNode:
-    """The teacher's whole config: its file, on the student's device, then ``KD.TEACHER.OPTS``.
+def load_teacher(cfg: CfgNode) -> tuple[nn.Module, str]:
+    """Builds and loads the whole teacher that ``cfg.KD.TEACHER`` names.
+
+    Returns:
+        The detector on ``cfg.MODEL.DEVICE`` and the channel order it was trained with.
 
     Raises:
-        ConfigError: there is no such config; or an override names an unknown key.
+        ConfigError: its config or checkpoint is not found, unreadable, or does not fit.
+    """
+    if cfg.KD.TEACHER.CONFIG_FILE.endswith(".py"):
+        path = find_teacher_config(cfg.KD.TEACHER.CONFIG_FILE)
+        lazy_cfg = read_lazy_config(path, list(cfg.KD.TEACHER.OPTS))
+        weights = teacher_weights(cfg, lazy_weights(lazy_cfg))
+        model, input_format = build_lazy_model(lazy_cfg, path, cfg.MODEL.DEVICE)
+        load_teacher_weights(model, weights)
+        return model, input_format
+    teacher_cfg = teacher_config(cfg)
+    return build_teacher_model(teacher_cfg), teacher_cfg.INPUT.FORMAT
+
+
+def teacher_config(cfg: CfgNode) -> CfgNode:
+    """A YAML teacher's whole config: its file, on the student's device, then ``KD.TEACHER.OPTS``.
+
+    Raises:
+        ConfigError: there is no such config, it is a LazyConfig, or an override names an unknown
+            key.
     """
     name = cfg.KD.TEACHER.CONFIG_FILE
     path = find_teacher_config(name)
+    if path.endswith(".py"):
+        raise ConfigError(
+            f"KD.TEACHER.CONFIG_FILE '{name}' is a LazyConfig, which can teach and be evaluated, "
+            "but this command needs a YAML config; name the YAML of that model"
+        )
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
     merge_file(teacher_cfg, path)
@@ -187,7 +244,7 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
     merge_opts(teacher_cfg, list(cfg.KD.TEACHER.OPTS), source="KD.TEACHER.OPTS")
     # A teacher that was itself distilled is just a student here.
     teacher_cfg.KD.ENABLED = False
-    teacher_cfg.MODEL.WEIGHTS = teacher_weights(cfg, teacher_cfg)
+    teacher_cfg.MODEL.WEIGHTS = teacher_weights(cfg, teacher_cfg.MODEL.WEIGHTS)
     return teacher_cfg
 
 
@@ -214,13 +271,24 @@ def find_teacher_config(name: str) -> str:
 
 def zoo_configs() -> list[str]:
     """Names of the model zoo's configs that have a checkpoint to download."""
+    folder = Path(model_zoo.__file__).with_name("configs")
+    names = model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
+    # Some have a YAML file, some a LazyConfig, some both.
     return sorted(
-        f"{name}.yaml" for name in model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
+        f"{name}{suffix}"
+        for name in names
+        for suffix in (".yaml", ".py")
+        if (folder / f"{name}{suffix}").is_file()
     )
 
 
-def teacher_weights(cfg: CfgNode, teacher_cfg: CfgNode) -> str:
-    """Where the teacher's weights come from; "" for random ones."""
+def teacher_weights(cfg: CfgNode, own: str) -> str:
+    """Where the teacher's weights come from; "" for random ones.
+
+    Args:
+        cfg: the student's whole config.
+        own: the weights that the teacher's config itself names.
+    """
     weights = cfg.KD.TEACHER.WEIGHTS
     if weights == RANDOM_WEIGHTS:
         logger.warning(
@@ -233,13 +301,12 @@ def teacher_weights(cfg: CfgNode, teacher_cfg: CfgNode) -> str:
     try:
         return model_zoo.get_checkpoint_url(cfg.KD.TEACHER.CONFIG_FILE)
     except RuntimeError:
-        # A config of one's own: its MODEL.WEIGHTS must be the trained model, not ImageNet.
-        own = teacher_cfg.MODEL.WEIGHTS
+        # A config of one's own: its weights must be the trained model, not ImageNet.
         if not own or "ImageNet" in own or own.startswith("torchvision://"):
             raise ConfigError(
                 f"KD.TEACHER.WEIGHTS is empty and KD.TEACHER.CONFIG_FILE "
                 f"'{cfg.KD.TEACHER.CONFIG_FILE}' is not a model-zoo config with a checkpoint "
-                f"(its MODEL.WEIGHTS is '{own}'); set KD.TEACHER.WEIGHTS to the trained teacher"
+                f"(its own weights are '{own}'); set KD.TEACHER.WEIGHTS to the trained teacher"
             ) from None
         return own
 
@@ -251,12 +318,20 @@ def build_teacher_model(teacher_cfg: CfgNode) -> nn.Module:
         ConfigError: the checkpoint is missing, unreadable, or has missing or unexpected keys.
     """
     model = build_model(teacher_cfg)
-    weights = teacher_cfg.MODEL.WEIGHTS
+    load_teacher_weights(model, teacher_cfg.MODEL.WEIGHTS)
+    return model
+
+
+def load_teacher_weights(model: nn.Module, weights: str) -> None:
+    """Loads the teacher's checkpoint, all of it; nothing where ``weights`` is empty.
+
+    Raises:
+        ConfigError: the checkpoint is missing, unreadable, or has missing or unexpected keys.
+    """
     if weights:
         checkpointer = DistillationCheckpointer(model, weights_key="KD.TEACHER.WEIGHTS")
         checkpointer.load(weights)
         refuse_half_loaded(checkpointer.incompatible, weights)
-    return model
 
 
 def refuse_half_loaded(incompatible, weights: str) -> None:
