@@ -10,8 +10,9 @@ BGR statistics; this project does not (``test_teacher_sees_the_image_as_it_was_t
 
 It always runs in eval mode, so BatchNorm statistics never move, and under ``no_grad`` rather than
 ``inference_mode``, since losses save its tensors for backward. Its RPN, mask, keypoint and
-dense heads are dropped after the checkpoint was checked. ``roi_heads(...)`` is never called whole:
-that would resample boxes and write to the event storage.
+dense heads are dropped after the checkpoint was checked, and its BatchNorm folded (``fold.py``).
+``roi_heads(...)`` is never called whole: that would resample boxes and write to the event
+storage.
 
 Legend: N images, R sampled proposals over the whole batch, K foreground classes.
 """
@@ -41,6 +42,7 @@ from kd_detectron.config import (
 from kd_detectron.distillers.base import ModelSpec
 from kd_detectron.errors import ConfigError, did_you_mean
 
+from .fold import fold_batch_norm, use_fastest_memory_format
 from .lazy_teacher import build_lazy_model, lazy_weights, read_lazy_config
 from .taps import box_head_of, box_predictor_of
 
@@ -77,6 +79,8 @@ class FrozenTeacher:
         name = cfg.KD.TEACHER.CONFIG_FILE
         teacher = cls(model, input_format, amp=cfg.KD.TEACHER.AMP, name=name)
         teacher.drop_unused_heads()
+        fold_batch_norm(model)
+        use_fastest_memory_format(model.backbone)
         return teacher
 
     @classmethod
@@ -145,7 +149,9 @@ class FrozenTeacher:
     def features(self, batched_inputs: list[dict], student_format: str) -> dict[str, torch.Tensor]:
         """Runs the backbone: level name -> (N, C, H, W)."""
         with self._running():
-            return self.model.backbone(self.preprocess(batched_inputs, student_format).tensor)
+            features = self.model.backbone(self.preprocess(batched_inputs, student_format).tensor)
+        # Losses and pooler meet them beside the student's maps, in the student's format.
+        return {level: feature.contiguous() for level, feature in features.items()}
 
     def box_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
         """Runs pooler and box head on given boxes: (R, D)."""
