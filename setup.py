@@ -18,7 +18,7 @@ setup(
     ],
     package_dir={"kd_detectron.configs": "configs"},
     package_data={
-        "kd_detectron.configs": ["**/*.yaml"],
+        "kd_detectron.configs": ["**/*.yaml", "lazy/*.py"],
         "kd_detectron.analysis": ["*.json"],
     },
     python_requires=">=3.10",
@@ -35,6 +35,7 @@ setup(
     extras_require={
         "timm": ["timm>=1.0"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
+        "pictures": ["grad-cam>=1.5", "scikit-learn>=1.3"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
     },
 )

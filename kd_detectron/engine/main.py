@@ -17,6 +17,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -69,11 +70,15 @@ def argument_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = argument_parser().parse_args(argv)
+    return start(argument_parser().parse_args(argv), run)
+
+
+def start(args, run: Callable) -> int:
+    """Runs ``run(args)`` in each process that the arguments ask for; returns the exit code."""
     try:
         if "LOCAL_WORLD_SIZE" in os.environ:
             join_torchrun()
-            run_process(args)
+            run_process(args, run)
         else:
             launch(
                 run_process,
@@ -81,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
                 num_machines=args.num_machines,
                 machine_rank=args.machine_rank,
                 dist_url=args.dist_url,
-                args=(args,),
+                args=(args, run),
             )
     except ProcessExitedException as error:
         return error.exit_code
@@ -90,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run_process(args) -> None:
-    """:func:`run`, whose foreseen ends are one sentence and an exit code."""
+def run_process(args, run: Callable) -> None:
+    """``run(args)``, whose foreseen ends are one sentence and an exit code."""
     try:
         run(args)
     except ConfigError as error:

@@ -13,6 +13,7 @@ Legend: N images, R sampled proposals over the whole batch, K foreground classes
 """
 
 import logging
+from collections.abc import Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -46,19 +47,20 @@ class DistillationMixin:
         self,
         *,
         teacher: FrozenTeacher | None = None,
-        distillers: dict[str, Distiller] | None = None,
+        distillers: Mapping[str, Distiller] | Sequence[Distiller] = (),
         distillation_weights: dict[str, float] | None = None,
         **student,
     ):
         """
         Args:
             teacher: the frozen teacher; None with no distillers.
-            distillers: distillers by name.
+            distillers: distillers by name, or a list of them, each called as its class.
             distillation_weights: loss weight by distiller name, 1 where absent.
             student: the arguments of the detector class.
         """
         super().__init__(**student)
-        distillers = dict(distillers or {})
+        if not isinstance(distillers, Mapping):
+            distillers = {type(distiller).__name__: distiller for distiller in distillers}
         weights = distillation_weights or {}
         if distillers and teacher is None:
             raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
