@@ -1,7 +1,7 @@
 """A small synthetic detection dataset in COCO format, made in seconds, the same for the same seed.
 
 For the demo and for trying things without downloading: textured backgrounds with clutter, on them
-overlapping shapes of eight classes, from a tenth of the image to over half of it, with masks and
+overlapping shapes of eight classes, from a sixth of the image to over half of it, with masks and
 boxes of their visible parts. Made so that a network learns something in minutes and a better one
 does better: a class prefers a hue, but the hues of neighbouring classes overlap, and those are the
 pairs that share an outline or nearly so (disc and target, square and window, triangle and kite,
@@ -31,7 +31,7 @@ _FINE = 4
 # An object must keep this part of its area visible, or it is placed elsewhere.
 _MIN_VISIBLE = 0.35
 # Standard deviation of an object's hue around its class's, of 180; the classes are 22.5 apart.
-_HUE_SPREAD = 12
+_HUE_SPREAD = 7
 _MARKER = "synthetic.json"
 
 
@@ -110,7 +110,7 @@ def render(
 
     owners = np.zeros(fine_size, np.uint8)  # 0 background, otherwise number of the object on top
     objects: list[tuple[int, float]] = []  # category index and whole area of each object
-    for _ in range(int(rng.integers(2, 8))):
+    for _ in range(int(rng.integers(2, 6))):
         for _attempt in range(10):
             category = int(rng.integers(len(SYNTHETIC_CLASSES)))
             outline, details = _shape(rng, SYNTHETIC_CLASSES[category], fine_size)
@@ -240,7 +240,7 @@ def _shape(
     """Returns the (P, 2) outline of a random object of a class and the polygons of its details."""
     outline, details = _SHAPES[name](rng)
     side = min(fine_size)
-    radius = side * np.exp(rng.uniform(np.log(0.045), np.log(0.30)))
+    radius = side * np.exp(rng.uniform(np.log(0.08), np.log(0.30)))
     angle = rng.uniform(0, 2 * np.pi)
     stretch = np.diag([1.0, rng.uniform(0.75, 1.0)])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -18,6 +18,7 @@ from . import study
 
 NUM_TRAIN = 800
 NUM_VAL = 100
+IMAGE_SIZE = (128, 128)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     data = Path(args.output) / "data"
     print(f"making {NUM_TRAIN} + {NUM_VAL} synthetic images in {data}", flush=True)
-    make_synthetic(data, NUM_TRAIN, NUM_VAL)
+    make_synthetic(data, NUM_TRAIN, NUM_VAL, image_size=IMAGE_SIZE)
     os.environ["DETECTRON2_DATASETS"] = str(data.resolve())
     return study.main(["demo.yaml", "--output", args.output])
 
