@@ -7,8 +7,9 @@ ones know; the hierarchical context loss (``hcl_loss``) compares its outputs wit
 Features are (N, C, H, W) maps, fine to coarse (p2..p6 of an FPN); running features inside the
 fusion have ``mid_channels`` channels. The fusion trains with the student and is dropped on export.
 
-Differences from the release: float32 also under autocast; a batch of one image whose coarsest map
-is 1x1, which batch normalisation refuses in training, is normalised by the running statistics
+Differences from the release: the loss is float32 also under autocast, and so is the fusion, except
+on CUDA, where its layers follow the student's autocast; a batch of one image whose coarsest map is
+1x1, which batch normalisation refuses in training, is normalised by the running statistics
 (``tests/distillers/test_reviewkd.py``).
 """
 
@@ -121,12 +122,15 @@ class ReviewKD(Distiller):
             features: (N, in_channels[l], H_l, W_l) of each level l, fine to coarse.
 
         Returns:
-            (N, out_channels[l], H_l, W_l) float32 of each level, in the order given.
+            (N, out_channels[l], H_l, W_l) of each level, in the order given: float32, or autocast's
+            type on CUDA under autocast.
         """
         outputs, running = [], None
-        with torch.autocast(features[0].device.type, enabled=False):
+        device = features[0].device.type
+        half = device == "cuda" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=half):
             for fusion, feature in zip(reversed(self.fusions), reversed(features), strict=True):
-                output, running = fusion(feature.float(), running)
+                output, running = fusion(feature if half else feature.float(), running)
                 outputs.append(output)
         return outputs[::-1]
 

@@ -80,6 +80,8 @@ class DistillationMixin:
         if not self.training or not self.distillers:
             return super().forward(batched_inputs)
 
+        # To the GPU once, for student and teacher.
+        batched_inputs = [x | {"image": x["image"].to(self.device)} for x in batched_inputs]
         with StudentTaps(self) as taps:
             losses = super().forward(batched_inputs)
         context = DistillationContext(
