@@ -32,11 +32,12 @@ def add_kd_config(cfg: CfgNode) -> None:
 
     cfg.KD.TEACHER = CN()
     # Model-zoo name ("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml"), a path, or a config of this
-    # project by bare name.
+    # project by bare name; YAML or a LazyConfig (.py).
     cfg.KD.TEACHER.CONFIG_FILE = ""
-    # Empty: the model zoo's checkpoint for that config. "none": random weights (tests, benchmarks).
+    # Empty: the model zoo's checkpoint for that config, or else the one that your config names.
+    # "none": random weights (tests, benchmarks).
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Extra KEY VALUE overrides for the teacher's config.
+    # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []
     # Half-precision teacher on CUDA (bfloat16 where the GPU has it); ignored on the CPU.
     cfg.KD.TEACHER.AMP = True
@@ -55,6 +56,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     # CKD, contrastive distillation of the box head's logits (arXiv 2404.14109).
     cfg.KD.CKD = CN()
     cfg.KD.CKD.WEIGHT = 0.1
+    # Divides the cosine similarities.
     cfg.KD.CKD.TEMPERATURE = 1.0
     # Anchor, positive, negatives: "tss" (the method), "sts" or "stt".
     cfg.KD.CKD.TRIPLE = "tss"
@@ -72,13 +74,17 @@ def add_kd_config(cfg: CfgNode) -> None:
     # KD, Kullback-Leibler divergence of softened logits (Hinton et al.).
     cfg.KD.KD = CN()
     cfg.KD.KD.WEIGHT = 1.0
+    # Divides the logits before the softmax; the loss is multiplied by its square.
     cfg.KD.KD.TEMPERATURE = 1.0
 
     # DKD, target and non-target divergence weighted apart (CVPR 2022).
     cfg.KD.DKD = CN()
     cfg.KD.DKD.WEIGHT = 1.0
+    # Factor on the divergence of (target class, rest).
     cfg.KD.DKD.ALPHA = 1.0
+    # Factor on the divergence among the other classes.
     cfg.KD.DKD.BETA = 0.25
+    # Divides the logits before the softmax; the loss is multiplied by its square.
     cfg.KD.DKD.TEMPERATURE = 1.0
 
     # FitNet, mean squared error of adapted FPN features.
@@ -94,15 +100,20 @@ def add_kd_config(cfg: CfgNode) -> None:
     # DCD, contrastive and consistency loss on box-head embeddings (arXiv 2407.11802).
     cfg.KD.DCD = CN()
     cfg.KD.DCD.WEIGHT = 1.0
+    # Width of the two embeddings.
     cfg.KD.DCD.EMBED_DIM = 128
+    # Factor on the consistency term, against the contrastive one.
     cfg.KD.DCD.CONSISTENCY_WEIGHT = 0.5
 
     # BicKD, bilateral contrast of predicted probabilities (arXiv 2602.01265, this project's
     # reading of the abstract).
     cfg.KD.BICKD = CN()
     cfg.KD.BICKD.WEIGHT = 1.0
+    # Divides the logits before the softmax.
     cfg.KD.BICKD.TEMPERATURE = 1.0
+    # Divides the similarities of the class-wise and sample-wise contrast.
     cfg.KD.BICKD.CONTRAST_TEMPERATURE = 0.1
+    # Factor on both contrasts, against the KD term.
     cfg.KD.BICKD.CONTRAST_WEIGHT = 1.0
     # "contrastive" (cross entropy) or "orthogonal" (diagonal to 1, the rest to 0, squared).
     cfg.KD.BICKD.FORM = "contrastive"
@@ -110,13 +121,17 @@ def add_kd_config(cfg: CfgNode) -> None:
     # SupCon, supervised contrast of student box-head embeddings (no memory bank).
     cfg.KD.SUPCON = CN()
     cfg.KD.SUPCON.WEIGHT = 1.0
+    # Divides the cosine similarities.
     cfg.KD.SUPCON.TEMPERATURE = 0.1
+    # Width of the embedding.
     cfg.KD.SUPCON.EMBED_DIM = 128
 
     # CRD, teacher-anchored contrast with negatives of other classes (no memory bank).
     cfg.KD.CRD = CN()
     cfg.KD.CRD.WEIGHT = 1.0
+    # Divides the cosine similarities.
     cfg.KD.CRD.TEMPERATURE = 0.1
+    # Width of the two embeddings.
     cfg.KD.CRD.EMBED_DIM = 128
 
     # Options of distillers from elsewhere, by registered name: {"CosineKD": {"WEIGHT": 2.0}}.

@@ -1,0 +1,90 @@
+"""Writes docs/config.md: every config key of this project, from the comments in its source.
+
+The source of truth is ``add_kd_config`` and ``add_backbone_config``: a key's comment stands above
+it, and ``# ---- title ----`` starts a section. ``tests/test_config_reference.py`` fails when
+docs/config.md is not what this prints.
+
+    python docs/make_config_reference.py
+"""
+
+import re
+from pathlib import Path
+
+from detectron2.config import CfgNode, get_cfg
+
+from kd_detectron import add_kd_config, config
+from kd_detectron.backbones import config as backbone_config
+
+TITLE = """# Config reference
+
+Keys that this project adds to [Detectron2's](https://detectron2.readthedocs.io/modules/config.html),
+with their defaults. Set them in a config file, or on the command line as `KEY VALUE`. Made from the
+comments in `kd_detectron/config.py` and `kd_detectron/backbones/config.py` by
+`docs/make_config_reference.py`; change it there.
+"""
+SECTION = re.compile(r"# -+ (.+?) -+$")
+ASSIGNMENT = re.compile(r"cfg\.([A-Z][A-Z0-9_.]*) = ")
+ENTRY = re.compile(r'"([A-Z0-9_]+)": ')
+NODE = re.compile(r"cfg\.([A-Z][A-Z0-9_.]*) = (CN|CfgNode)\(")
+
+
+def reference() -> str:
+    """The text of docs/config.md."""
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    lines = [TITLE]
+    for module in (config, backbone_config):
+        if module is backbone_config:
+            lines += ["", "## Backbones", ""]
+        for line in entries(module, cfg):
+            lines.append(line)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip()) + "\n"
+
+
+def entries(module, cfg: CfgNode):
+    """Markdown lines for one file: sections, nodes and keys in the order of the source."""
+    comment, node = [], ""
+    for line in Path(module.__file__).read_text(encoding="utf-8").splitlines():
+        code = line.strip()
+        if section := SECTION.match(code):
+            yield from ("", f"## {section[1].capitalize()}", "")
+            comment = []
+        elif code.startswith("# "):
+            comment.append(code[2:])
+        elif found := NODE.match(code):
+            node = found[1]
+            yield from ("", f"### {node}", "")
+            if comment:
+                yield from (" ".join(comment), "")
+            if "new_allowed" not in code:
+                yield from table_head()
+            comment = []
+        elif found := ASSIGNMENT.match(code) or ENTRY.match(code):
+            key = found[1] if ASSIGNMENT.match(code) else f"{node}.{found[1]}"
+            if key.rpartition(".")[0] != node:
+                # A key in a node of Detectron2's own.
+                node = key.rpartition(".")[0]
+                yield from ("", f"### {node}", "", *table_head())
+            yield row(cfg, key, " ".join(comment))
+            comment = []
+        elif not code:
+            comment = []
+
+
+def table_head() -> list[str]:
+    return ["| Key | Default | Meaning |", "|---|---|---|"]
+
+
+def row(cfg: CfgNode, key: str, meaning: str) -> str:
+    """One row of a table, with the default that the config really has."""
+    value = cfg
+    for part in key.split("."):
+        value = value[part]
+    # Said once for all distillers, in the config's docstring.
+    meaning = meaning or ("Multiplies this method's losses." if key.endswith(".WEIGHT") else "")
+    default = f'"{value}"' if isinstance(value, str) else str(value)
+    return f"| `{key.rpartition('.')[2]}` | `{default}` | {meaning.replace('|', chr(92) + '|')} |"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("config.md").write_text(reference(), encoding="utf-8")
