@@ -216,3 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = ", ".join(str(run.folder) for run in failed)
         print(f"{len(failed)} runs failed: {names}; the same command tries them again")
     return FAILED_EXIT_CODE if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Mixed precision through the train loop: a bfloat16 student, its losses and weights float32."""
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
+from tiny import distilled_cfg, tiny_batch
+
+from kd_detectron.distillers import DISTILLER_REGISTRY
+from kd_detectron.engine.train_loop import DistillationTrainLoop
+from kd_detectron.errors import ConfigError
+
+BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
+EVERY_DISTILLER = sorted(
+    name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron.")
+)
+
+
+def trained_steps(cfg, steps=3):
+    """Runs a few iterations; returns the model, the context of the last one and all losses."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    seen = {}
+    next(iter(model.distillers.values())).register_forward_pre_hook(
+        lambda module, args: seen.update(context=args[0])
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    loop = DistillationTrainLoop.from_config(cfg, model, [tiny_batch()] * steps, optimizer)
+    losses = []
+    with EventStorage() as loop.storage:
+        for loop.iter in range(steps):
+            loop.run_step()
+            losses.append({n: v for n, (v, _) in loop.storage.latest().items() if "loss" in n})
+    return model, seen["context"], losses
+
+
+@pytest.mark.parametrize("mask_on", [False, True])
+def test_bfloat16_trains_with_finite_losses_and_float32_weights(tmp_path, mask_on):
+    opts = [*BFLOAT16, "MODEL.MASK_ON", mask_on]
+    model, context, losses = trained_steps(distilled_cfg(tmp_path, EVERY_DISTILLER, opts))
+    for step in losses:
+        assert len(step) > len(EVERY_DISTILLER)
+        assert all(torch.isfinite(torch.tensor(value)) for value in step.values()), step
+    assert context.student.logits.dtype == torch.bfloat16, "autocast was not on"
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.isfinite(parameter).all() and torch.isfinite(parameter.grad).all(), name
+
+
+def test_teacher_on_the_cpu_stays_in_float32_beside_a_bfloat16_student(tmp_path):
+    _, context, _ = trained_steps(distilled_cfg(tmp_path, opts=BFLOAT16), steps=1)
+    assert context.teacher.logits.dtype == torch.float32
+    assert {map_.dtype for map_ in context.teacher.features.values()} == {torch.float32}
+
+
+def test_bfloat16_losses_are_near_those_of_float32(tmp_path):
+    """In the first step, from the same weights, with every anchor and proposal sampled."""
+    opts = ["MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4096]
+    expected = trained_steps(distilled_cfg(tmp_path, opts=opts), steps=1)[2][0]
+    actual = trained_steps(distilled_cfg(tmp_path, opts=[*opts, *BFLOAT16]), steps=1)[2][0]
+    for name, value in expected.items():
+        assert actual[name] == pytest.approx(value, rel=0.1), name
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["SOLVER.AMP.PRECISION", "fp16"], ["SOLVER.AMP.PRECISION", "cpu", "bf16"]),
+        (["SOLVER.AMP.PRECISION", "fp8"], ["SOLVER.AMP.PRECISION", "fp8", "fp16"]),
+    ],
+)
+def test_precision_that_cannot_work_is_refused(tmp_path, opts, words):
+    cfg = distilled_cfg(tmp_path, opts=["SOLVER.AMP.ENABLED", True, *opts])
+    model = build_model(cfg)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ConfigError) as error:
+        DistillationTrainLoop.from_config(cfg, model, [], optimizer)
+    assert all(word in str(error.value) for word in words)

@@ -1,0 +1,120 @@
+"""Studies: read and checked, finished runs skipped, failed ones named, a report at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import NUM_CLASSES, tiny_cfg
+
+from kd_detectron.config import config_dir, get_config
+from kd_detectron.data.synthetic import make_synthetic
+from kd_detectron.engine import study as studies
+from kd_detectron.errors import ConfigError
+
+STUDIES = sorted(path.name for path in (config_dir() / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_names_configs_and_keys_that_exist(name):
+    study = studies.load_study(name)
+    assert len({run.folder for run in study.runs}) == len(study.runs)
+    for run in study.runs:
+        cfg = get_config(run.config, run.opts)
+        assert run.max_iter == cfg.SOLVER.MAX_ITER > 0
+
+
+def test_paper_ablations_stand_ready():
+    runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
+    ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}
+    assert {ckd[f"triple_{t}"].TRIPLE for t in ("tss", "sts", "stt")} == {"tss", "sts", "stt"}
+    assert {0.07, 0.5, 1.0, 4.0} <= {node.TEMPERATURE for node in ckd.values()}
+    assert {0, 16, 64, 2048} <= {node.GROUP_SIZE for node in ckd.values()}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("runs: [{name: a, config: demo/teacher.yaml, sedes: [1]}]", ["sedes", "seeds"]),
+        ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
+    ],
+)
+def test_mistakes_in_a_study_are_named(tmp_path, content, words):
+    file = tmp_path / "study.yaml"
+    file.write_text(f"output: {tmp_path}\n{content}\n")
+    with pytest.raises(ConfigError) as error:
+        studies.load_study(str(file))
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    """Two tiny runs on six synthetic images and one that cannot work."""
+    make_synthetic(tmp_path / "data", 6, 2, image_size=(64, 64))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    cfg = tiny_cfg(
+        [
+            *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", 8),
+            *("DATASETS.COCO_FORMAT", [[f"s_{s}", f"{s}.json", s] for s in ("train", "val")]),
+            *("DATASETS.TRAIN", ("s_train",)),
+            *("DATASETS.TEST", ("s_val",)),
+            *("SOLVER.MAX_ITER", 2),
+            *("SOLVER.STEPS", ()),
+        ]
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"output: {tmp_path / 'out'}\n"
+        f"runs:\n"
+        f"  - {{name: good, config: {tmp_path / 'run.yaml'}, seeds: [1, 2]}}\n"
+        f"  - name: bad\n"
+        f"    config: {tmp_path / 'run.yaml'}\n"
+        f"    opts: [MODEL.ROI_HEADS.NUM_CLASSES, {NUM_CLASSES}]\n"
+    )
+    return file
+
+
+def test_finished_runs_are_skipped_failed_ones_named_and_a_table_ends_it(
+    tmp_path, study_file, capsys
+):
+    assert studies.main([str(study_file)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED with exit code 2" in printed and "NUM_CLASSES" in printed
+    assert "1 runs failed" in printed and "baseline" in printed
+    out = tmp_path / "out"
+    assert (out / "results.md").is_file() and (out / "curves.png").is_file()
+    assert (out / "predictions.png").is_file()
+    before = os.path.getmtime(out / "good" / "seed1" / "model_final.pth")
+    assert studies.main([str(study_file)]) == 1
+    assert os.path.getmtime(out / "good" / "seed1" / "model_final.pth") == before
+
+
+def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 60"))
+    command = [sys.executable, "-m", "kd_detectron.engine.study", str(study_file)]
+    process = subprocess.Popen(command, start_new_session=True)
+    log = tmp_path / "out" / "good" / "seed1" / "console.log"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and "Starting training" in log.read_text()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.2)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 75
+    stopped = tmp_path / "out" / "good" / "seed1"
+    assert (stopped / "last_checkpoint").is_file() and not (stopped / "result.json").is_file()
+
+    (tmp_path / "study.yaml").write_text(
+        study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
+    )
+    assert studies.main([str(study_file)]) == 0
+    assert json.loads((stopped / "result.json").read_text())["iterations"] == 60
+    assert "Starting training from iteration 0" in log.read_text()
+    starts = log.read_text().split("Starting training from iteration ")[1:]
+    assert len(starts) == 2 and int(starts[1].split()[0]) > 0
