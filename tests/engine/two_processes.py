@@ -7,6 +7,7 @@ OUTPUT/RANK.pt says what was exchanged and what the gradients are.
 import sys
 
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -17,11 +18,17 @@ from kd_detectron.engine.trainer import distribute
 
 
 def make_comparable(model) -> None:
-    """Lets ReviewKD's batch normalisation use its running statistics; the student's is frozen."""
+    """ReviewKD's normalisation by running statistics; activations that do not grow with depth.
+
+    With the identity as frozen normalisation a random ResNet's features are so large that sigmoids
+    saturate and rounding alone decides about their gradients.
+    """
     model.train()
-    for module in model.distillers.modules():
+    for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()
+        elif isinstance(module, FrozenBatchNorm2d):
+            module.weight.fill_(0.3)
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
