@@ -24,6 +24,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import verify_results
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -137,6 +138,7 @@ def run(args) -> None:
     if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
         cfg.MODEL.DEVICE = "cpu"
         print("MODEL.DEVICE is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
+    check_augmentation(cfg)
     cfg.freeze()
     register_coco_format(cfg)
     if args.check:
@@ -169,6 +171,16 @@ def import_user_code(name: str) -> None:
     # Registered by name first, so that its classes can be pickled.
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
+
+
+def check_augmentation(cfg: CfgNode) -> None:
+    """Refuses, before training, test-time augmentation of a detector for which there is none."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if cfg.TEST.AUG.ENABLED and not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
+        raise ConfigError(
+            f"TEST.AUG.ENABLED is True but MODEL.META_ARCHITECTURE is {name}, and Detectron2's "
+            "test-time augmentation is for R-CNN models; set TEST.AUG.ENABLED False"
+        )
 
 
 def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:

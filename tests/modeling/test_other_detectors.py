@@ -10,6 +10,7 @@ from detectron2.utils.events import EventStorage
 from tiny import tiny_batch, tiny_cfg, write_tiny_teacher
 
 from kd_detectron.checkpoint import export_student
+from kd_detectron.engine.main import main
 from kd_detectron.errors import ConfigError
 
 RETINANET = [
@@ -188,3 +189,12 @@ def test_teacher_with_other_levels_is_refused(tmp_path):
     cfg.KD.TEACHER.CONFIG_FILE = write_tiny_teacher(tmp_path)
     with pytest.raises(ConfigError, match=r"levels.*p7 \(stride 128\).*p2 \(stride 4\)"):
         build(cfg)
+
+
+def test_test_time_augmentation_of_retinanet_is_refused_before_training(tmp_path, capsys):
+    cfg = config(tmp_path, "RetinaNet")
+    cfg.TEST.AUG.ENABLED = True
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    assert main(["--config-file", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert "TEST.AUG.ENABLED is True" in error and "DistilledRetinaNet" in error
