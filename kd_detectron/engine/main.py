@@ -219,9 +219,7 @@ def log_start(trainer: DistillationTrainer) -> None:
     model = unwrap(trainer.model)
     logger.info("Random seed: %d", trainer.seed)
     distillers = getattr(model, "distillers", {})
-    own = sum(p.numel() for p in distillers.parameters()) if distillers else 0
-    student = sum(p.numel() for p in model.parameters()) - own
-    logger.info("Student: %.1f M parameters", student / 1e6)
+    logger.info("Student: %.1f M parameters", student_parameters(model) / 1e6)
     if not distillers:
         logger.info("No distillation: plain %s", type(model).__name__)
         return
@@ -237,6 +235,13 @@ def log_start(trainer: DistillationTrainer) -> None:
             model.distillation_weights[name],
             f", {parameters / 1e6:.2f} M parameters of its own" if parameters else "",
         )
+
+
+def student_parameters(model) -> int:
+    """Number of the student's parameters, without the distillers' own."""
+    return sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("distillers.")
+    )
 
 
 def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
@@ -280,7 +285,7 @@ def check(cfg: CfgNode) -> None:
         )
         for name, weight in model.distillation_weights.items():
             print(f"distil   {name}, weight {weight:g}")
-    print(f"student  {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    print(f"student  {student_parameters(model) / 1e6:.1f} M parameters")
     with EventStorage(0) as trainer._trainer.storage:
         start = time.perf_counter()
         trainer._trainer.iter = 0
