@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,6 +20,8 @@ from kd_detectron.engine import DistillationTrainer
 from kd_detectron.engine.hooks import schedule_factor
 from kd_detectron.engine.main import main
 from kd_detectron.errors import NonFiniteLossError
+
+TRAIN_NET = str(Path(__file__).parents[2] / "tools" / "train_net.py")
 
 
 @pytest.fixture
@@ -225,11 +230,18 @@ def arguments(cfg, tmp_path):
     return ["--config-file", str(path)]
 
 
-def test_two_processes_train_a_distilled_step(tmp_path, dataset):
+@pytest.mark.parametrize("starter", ["detectron2", "torchrun"])
+def test_two_processes_train_a_distilled_step(tmp_path, dataset, starter):
     """DistributedDataParallel waits for every parameter: one left out would be an error."""
     opts = ["SOLVER.MAX_ITER", 2, "KD.DISTILLERS", ["CKD", "ReviewKD", "DKD", "FitNet"]]
     cfg = run_cfg(tmp_path, dataset, "two", opts)
-    assert main(["--num-gpus", "2", "--dist-url", "auto", *arguments(cfg, tmp_path)]) == 0
+    if starter == "detectron2":
+        assert main(["--num-gpus", "2", "--dist-url", "auto", *arguments(cfg, tmp_path)]) == 0
+    else:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [*torchrun, "--nproc_per_node=2", TRAIN_NET, *arguments(cfg, tmp_path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "result.json").read_text())["finished"]
 
 
