@@ -9,6 +9,7 @@ Processes are started by Detectron2's ``launch`` or by ``torchrun``. A mistake o
 one sentence and exit code 2; ``--debug`` shows the traceback.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import logging
@@ -133,7 +134,8 @@ def run(args) -> None:
         import_user_code(name)
     args.config_file = find_config(args.config_file)
     cfg = get_config(args.config_file, args.opts)
-    if args.eval_only or args.eval_teacher:
+    evaluating = args.eval_only or args.eval_teacher
+    if evaluating:
         cfg.KD.ENABLED = cfg.KD.ENABLED and args.eval_teacher
     if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
         cfg.MODEL.DEVICE = "cpu"
@@ -147,15 +149,26 @@ def run(args) -> None:
             cfg.OUTPUT_DIR = folder
             check(cfg)
         return
-    check_output_dir(cfg, resume=args.resume, training=not (args.eval_only or args.eval_teacher))
+    check_output_dir(cfg, resume=args.resume, training=not evaluating)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_detectron")
-    default_setup(cfg, args)
+    with keep_run_config(cfg) if evaluating else contextlib.nullcontext():
+        default_setup(cfg, args)
     if args.eval_teacher:
         evaluate_teacher(cfg)
     elif args.eval_only:
         evaluate_student(cfg, resume=args.resume)
     else:
         train(cfg, resume=args.resume)
+
+
+@contextlib.contextmanager
+def keep_run_config(cfg: CfgNode):
+    """Puts a run's ``config.yaml`` back after Detectron2 wrote that of an evaluation over it."""
+    path = Path(cfg.OUTPUT_DIR, "config.yaml")
+    before = path.read_bytes() if path.is_file() else None
+    yield
+    if before is not None and comm.is_main_process():
+        path.write_bytes(before)
 
 
 def import_user_code(name: str) -> None:
