@@ -79,8 +79,14 @@ class AttentionFusion(nn.Module):
         """
         running = self.reduce(feature)
         if self.attention is not None:
-            coarser = F.interpolate(coarser, size=running.shape[-2:], mode="nearest")
-            maps = self.attention(torch.cat([running, coarser], dim=1))
+            size = running.shape[-2:]
+            # The paper's 1x1 convolution of both maps side by side, as a sum of two: so they need
+            # not be copied into one, and the coarser one's share is computed at its own size.
+            convolution, sigmoid = self.attention
+            own, other = convolution.weight.split(running.shape[1], dim=1)
+            logits = F.interpolate(F.conv2d(coarser, other), size=size, mode="nearest")
+            maps = sigmoid(F.conv2d(running, own, convolution.bias) + logits)
+            coarser = F.interpolate(coarser, size=size, mode="nearest")
             running = running * maps[:, :1] + coarser * maps[:, 1:]
         return self.output(running), running
 

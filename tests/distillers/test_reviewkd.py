@@ -148,7 +148,9 @@ def test_every_layer_runs_once_a_step():
             )
     model(make_context())
     leaves = {name for name, module in model.named_modules() if not list(module.children())}
-    assert runs == dict.fromkeys(leaves, 1)
+    # The attention's convolution is applied in two halves, without its module.
+    halves = {name for name in leaves if name.endswith("attention.0")}
+    assert runs == dict.fromkeys(leaves - halves, 1)
 
 
 def test_one_image_whose_coarsest_map_is_one_location_trains():
