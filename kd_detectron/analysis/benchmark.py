@@ -39,7 +39,7 @@ from tabulate import tabulate
 
 from kd_detectron.engine.train_loop import PRECISIONS
 from kd_detectron.errors import ConfigError
-from kd_detectron.modeling.teacher import FrozenTeacher, build_teacher_model, teacher_config
+from kd_detectron.modeling.teacher import FrozenTeacher, load_teacher
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 OBJECTS_PER_IMAGE = 8
@@ -345,10 +345,7 @@ def run_benchmark(
 
 
 def _unfolded_backbone(cfg: CfgNode, batch: list[dict]) -> dict[str, TeacherPart]:
-    teacher_cfg = teacher_config(cfg)
-    plain = FrozenTeacher(
-        build_teacher_model(teacher_cfg), teacher_cfg.INPUT.FORMAT, amp=cfg.KD.TEACHER.AMP
-    )
+    plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
     return {
         "teacher backbone, BatchNorm not folded": TeacherPart(
             lambda: plain.features(batch, cfg.INPUT.FORMAT)
