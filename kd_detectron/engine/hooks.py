@@ -84,6 +84,12 @@ class DistillationSchedule(HookBase):
         for key in ("WARMUP_ITERS", "STOP_ITER"):
             if schedule[key] < 0:
                 raise ConfigError(f"KD.SCHEDULE.{key} is {schedule[key]}; it must be 0 or more")
+        if 0 < schedule.STOP_ITER <= schedule.WARMUP_ITERS:
+            raise ConfigError(
+                f"KD.SCHEDULE.STOP_ITER is {schedule.STOP_ITER} and KD.SCHEDULE.WARMUP_ITERS is "
+                f"{schedule.WARMUP_ITERS}, so distillation would end before its warm-up does; "
+                "raise the one or lower the other"
+            )
         self._model = model
         self._options = {
             "warmup_iters": schedule.WARMUP_ITERS,
@@ -195,7 +201,7 @@ class WriteResult(HookBase):
             self._path,
             self._facts
             | {
-                "results": results,
+                "results": without_nan(results),
                 "iterations": self.trainer.max_iter,
                 "seconds": round(self._elapsed(), 1),
                 "finished": True,
@@ -285,9 +291,19 @@ def parse_record(line: bytes) -> dict | None:
         return None
 
 
+def without_nan(results: dict) -> dict:
+    """Evaluation results with None for what could not be computed; JSON has no NaN."""
+    return {
+        key: without_nan(value)
+        if isinstance(value, dict)
+        else (value if math.isfinite(value) else None)
+        for key, value in results.items()
+    }
+
+
 def write_json(path: str, content: dict) -> None:
     """Writes a JSON file under a temporary name and renames it, so that it is whole or absent."""
     temporary = f"{path}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
+        json.dump(content, file, indent=1, allow_nan=False)
     os.replace(temporary, path)
