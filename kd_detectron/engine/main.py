@@ -38,6 +38,7 @@ from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.modeling.teacher import load_teacher
 
+from .checks import check_class_order, check_same_run, warn_of_channel_order
 from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
 from .trainer import DistillationTrainer, unwrap
@@ -151,6 +152,8 @@ def run(args) -> None:
         return
     check_output_dir(cfg, resume=args.resume, training=not evaluating)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_detectron")
+    if args.resume and not evaluating and comm.is_main_process():
+        check_same_run(cfg)
     with keep_run_config(cfg) if evaluating else contextlib.nullcontext():
         default_setup(cfg, args)
     if args.eval_teacher:
@@ -222,14 +225,18 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
 def check_data(cfg: CfgNode, *, train: bool = True) -> None:
     """Checks the datasets once, in the main process; the others wait for it."""
     if comm.is_main_process():
-        for summary in check_datasets(cfg, train=train).values():
+        summaries = check_datasets(cfg, train=train)
+        for summary in summaries.values():
             logger.info("%s", summary)
+        if train:
+            check_class_order(cfg, summaries)
     comm.synchronize()
 
 
 def log_start(trainer: DistillationTrainer) -> None:
     """Says who learns what from whom."""
     model = unwrap(trainer.model)
+    warn_of_channel_order(model)
     logger.info("Random seed: %d", trainer.seed)
     distillers = getattr(model, "distillers", {})
     logger.info("Student: %.1f M parameters", student_parameters(model) / 1e6)
@@ -287,11 +294,14 @@ def check(cfg: CfgNode) -> None:
     Raises:
         ConfigError: the first thing that would stop the training.
     """
-    for summary in check_datasets(cfg).values():
+    summaries = check_datasets(cfg)
+    for summary in summaries.values():
         print(f"data     {summary}")
+    check_class_order(cfg, summaries)
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=False)
     model = unwrap(trainer.model)
+    warn_of_channel_order(model)
     if getattr(model, "teacher", None) is not None:
         print(
             f"teacher  {model.teacher.name}: {model.teacher.num_parameters / 1e6:.1f} M parameters"

@@ -1,0 +1,246 @@
+"""What would not fail but silently be wrong: found before the first step.
+
+- :func:`warn_of_channel_order`: images in one channel order, normalised by a mean in the other, as
+  in the release of the papers; the model trains, some points of AP worse.
+- :func:`check_class_order`: teacher and student have as many classes, in another order; the logits
+  would be compared class by class with the wrong ones.
+- :func:`check_same_run`: ``--resume`` into the folder of another run; where the shapes happen to
+  fit, one run would go on as a mixture of both.
+
+Called by ``tools/train_net.py`` before training and by ``--check``. Tests:
+``tests/engine/test_checks.py``.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+import yaml
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from omegaconf import OmegaConf
+
+from kd_detectron.data.checks import DatasetSummary
+from kd_detectron.data.coco_format import resolve_path
+from kd_detectron.distillers import DISTILLER_REGISTRY
+from kd_detectron.errors import ConfigError
+from kd_detectron.modeling.lazy_teacher import read_lazy_config
+from kd_detectron.modeling.teacher import find_teacher_config, teacher_config
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = {"RGB": (123.675, 116.28, 103.53), "BGR": (103.53, 116.28, 123.675)}
+# Variants in use (Caffe's, rounded ones) are within 2 of these; the two orders are 20 apart.
+MEAN_TOLERANCE = 4.0
+
+# Keys whose change makes another run of it; of these, what a resumed run may change.
+IDENTITY = ("MODEL.", "KD.", "DATASETS.TRAIN")
+MAY_CHANGE = ("MODEL.DEVICE", "MODEL.WEIGHTS", "KD.SCHEDULE.", "KD.TEACHER.AMP")
+
+
+# ---- channel order ----
+
+
+def channel_order_warning(
+    who: str, input_format: str, mean: Sequence[float], *, format_key: str, mean_key: str
+) -> str | None:
+    """Returns a sentence if ImageNet's mean stands in the other order than the images' channels.
+
+    Args:
+        who: whose images these are, "student" or "teacher".
+        input_format: "BGR" or "RGB".
+        mean: the mean that is subtracted, in 0..255; own data may have any other.
+        format_key, mean_key: the config keys of the two.
+    """
+    other = {"RGB": "BGR", "BGR": "RGB"}.get(input_format)
+    if other is None or len(mean) != 3:
+        return None
+    if max(abs(a - b) for a, b in zip(mean, IMAGENET_MEAN[other], strict=True)) > MEAN_TOLERANCE:
+        return None
+    shown = [round(value, 3) for value in mean]
+    return (
+        f"{format_key} is {input_format} for the {who}, but {mean_key} {shown} is ImageNet's mean "
+        f"in {other} order: each channel is normalised by another one's statistics. Set {mean_key} "
+        f"to {list(IMAGENET_MEAN[input_format])} and reverse PIXEL_STD with it, or, if the weights "
+        f"were trained on {other} images, set {format_key} to {other}"
+    )
+
+
+def warn_of_channel_order(model) -> list[str]:
+    """Logs where student or teacher normalise in another channel order than they read images in.
+
+    Args:
+        model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
+
+    Returns:
+        The warnings.
+    """
+    found = [
+        channel_order_warning(
+            "student",
+            getattr(model, "input_format", None),
+            _mean_of(model),
+            format_key="INPUT.FORMAT",
+            mean_key="MODEL.PIXEL_MEAN",
+        )
+    ]
+    teacher = getattr(model, "teacher", None)
+    if teacher is not None:
+        found.append(
+            channel_order_warning(
+                "teacher",
+                teacher.input_format,
+                _mean_of(teacher.model),
+                format_key="INPUT.FORMAT of KD.TEACHER.CONFIG_FILE",
+                mean_key="its MODEL.PIXEL_MEAN (both by KD.TEACHER.OPTS)",
+            )
+        )
+    warnings = [warning for warning in found if warning]
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return warnings
+
+
+def _mean_of(model) -> list[float]:
+    mean = getattr(model, "pixel_mean", None)
+    return [] if mean is None else mean.flatten().tolist()
+
+
+# ---- class order ----
+
+
+def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
+    """Refuses to compare logits of a teacher that was trained on other classes, by their names.
+
+    Compared only where the classes of both are known: the student's from its checked datasets, the
+    teacher's from the first dataset of its config's ``DATASETS.TRAIN`` if that is registered here
+    with class names, or is in its ``DATASETS.COCO_FORMAT`` with its annotation file at hand. Case
+    is no difference.
+
+    Args:
+        cfg: the student's whole config.
+        summaries: what :func:`kd_detectron.data.checks.check_datasets` returned for it.
+
+    Raises:
+        ConfigError: a class has another name; nothing where only the numbers of classes differ,
+            which ``check_fits`` refuses with a better sentence.
+    """
+    names = list(cfg.KD.DISTILLERS) if cfg.KD.ENABLED else []
+    comparing = [
+        name
+        for name in names
+        if name in DISTILLER_REGISTRY and "logits" in DISTILLER_REGISTRY.get(name).requires
+    ]
+    if not comparing or not cfg.DATASETS.TRAIN:
+        return
+    own_name = cfg.DATASETS.TRAIN[0]
+    own = summaries[own_name].classes
+    teacher_name, theirs = teacher_classes(cfg, summaries)
+    if not own or len(own) != len(theirs):
+        return
+    for index, (mine, other) in enumerate(zip(own, theirs, strict=True)):
+        if mine.strip().lower() != other.strip().lower():
+            raise ConfigError(
+                f"class {index} is '{mine}' in the student's DATASETS.TRAIN '{own_name}' and "
+                f"'{other}' in the teacher's '{teacher_name}' (KD.TEACHER.CONFIG_FILE "
+                f"'{cfg.KD.TEACHER.CONFIG_FILE}'), but {comparing} compare their logits class by "
+                "class; use a teacher of the same classes in the same order, or feature distillers "
+                "alone. If only the names differ, set KD.TEACHER.OPTS to "
+                f'["DATASETS.TRAIN", "(\'{own_name}\',)"]'
+            )
+
+
+def teacher_classes(
+    cfg: CfgNode, summaries: Mapping[str, DatasetSummary]
+) -> tuple[str, tuple[str, ...]]:
+    """Returns name and class names of the dataset that the teacher's config trains on.
+
+    The class names are empty where they cannot be known here.
+    """
+    path = find_teacher_config(cfg.KD.TEACHER.CONFIG_FILE)
+    files: dict[str, str] = {}
+    own_files = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_FORMAT}
+    if path.endswith(".py"):
+        lazy_cfg = read_lazy_config(path, list(cfg.KD.TEACHER.OPTS))
+        trained_on = OmegaConf.select(lazy_cfg, "dataloader.train.dataset.names") or ()
+        trained_on = [trained_on] if isinstance(trained_on, str) else list(trained_on)
+    else:
+        teacher_cfg = teacher_config(cfg)
+        trained_on = list(teacher_cfg.DATASETS.TRAIN)
+        files = {entry[0]: entry[1] for entry in teacher_cfg.DATASETS.COCO_FORMAT}
+    if not trained_on:
+        return "", ()
+    name = trained_on[0]
+    if name in files and files[name] != own_files.get(name):
+        return name, _classes_in(resolve_path(files[name]))
+    if name in summaries:
+        return name, summaries[name].classes
+    if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
+        return name, tuple(MetadataCatalog.get(name).thing_classes)
+    return name, ()
+
+
+def _classes_in(json_file: str) -> tuple[str, ...]:
+    # The teacher's data need not be here, nor be sound: then there is nothing to compare with.
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            categories = json.load(file)["categories"]
+        return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()
+
+
+# ---- resume ----
+
+
+def check_same_run(cfg: CfgNode) -> list[str]:
+    """Compares the config with that of the run in ``OUTPUT_DIR`` which ``--resume`` goes on with.
+
+    What may change over a resume: everything but model, distillation and training data; and of
+    these the device, ``MODEL.WEIGHTS`` (not read by a resumed run), ``KD.SCHEDULE`` and the weights
+    of distillers. Keys that only one of the two has come from another version and are left out.
+
+    Returns:
+        The keys that changed and may, each as one phrase; they are logged.
+
+    Raises:
+        ConfigError: a key differs that makes it another run.
+    """
+    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    if not os.path.isfile(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = dict(_leaves(yaml.safe_load(file)))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        logger.warning("%s cannot be read; nothing to compare this config with", path)
+        return []
+    refused, allowed = [], []
+    for key, value in _leaves(yaml.safe_load(cfg.dump())):
+        if key in before and before[key] != value:
+            phrase = f"{key} was {before[key]!r} and is {value!r}"
+            (refused if _makes_another_run(key) else allowed).append(phrase)
+    if refused:
+        raise ConfigError(
+            f"--resume: OUTPUT_DIR '{cfg.OUTPUT_DIR}' holds another run: {'; '.join(refused)}. Set "
+            "them back to go on with it, or give another OUTPUT_DIR (and MODEL.WEIGHTS its "
+            f"checkpoint, to start from its weights); if the change is meant, remove {path}"
+        )
+    if allowed:
+        logger.warning("--resume goes on with changed keys: %s", "; ".join(allowed))
+    return allowed
+
+
+def _makes_another_run(key: str) -> bool:
+    if key.startswith(MAY_CHANGE) or (key.startswith("KD.") and key.endswith(".WEIGHT")):
+        return False
+    return key.startswith(IDENTITY)
+
+
+def _leaves(node: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
