@@ -2,7 +2,10 @@
 
 Unmodified but for the number of iterations, image size, device and weights. The weights are random,
 with the last norm of each residual block at zero, so that a network with frozen BatchNorm and no
-pretrained weights does not overflow.
+pretrained weights does not overflow, and with a liking for one class, so that there are detections.
+
+A row costs most of a minute on two cores, so by default the combined rows run, which hold every
+student, teacher and detector; KD_DETECTRON_TEST_ALL=1 runs all 24.
 """
 
 import json
@@ -22,6 +25,11 @@ from kd_detectron import get_config
 from kd_detectron.modeling.teacher import teacher_config
 
 VALIDATION_IMAGES = 8
+ROWS = [
+    name
+    for name in MAIN_ROWS
+    if name.startswith("ckd_reviewkd") or os.environ.get("KD_DETECTRON_TEST_ALL") == "1"
+]
 TRAIN_NET = str(Path(__file__).parents[2] / "tools" / "train_net.py")
 
 
@@ -53,11 +61,12 @@ def write_weights(cfg: CfgNode, path: Path) -> str:
     for name in state:
         if name.endswith(last):
             state[name].zero_()
+    state["roi_heads.box_predictor.cls_score.bias"][0] = 4.0
     torch.save({"model": state}, path)
     return str(path)
 
 
-@pytest.mark.parametrize("name", MAIN_ROWS)
+@pytest.mark.parametrize("name", ROWS)
 def test_config_trains_and_evaluates_on_real_images(name, tmp_path, coco):
     output = tmp_path / "output"
     changes = [
