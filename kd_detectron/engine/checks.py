@@ -212,8 +212,11 @@ def check_same_run(cfg: CfgNode) -> list[str]:
         return []
     try:
         with open(path, encoding="utf-8") as file:
-            before = dict(_leaves(yaml.safe_load(file)))
+            text = file.read()
+        before = dict(_leaves(yaml.safe_load(text)))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        text = ""
+    if not text.endswith("\n"):  # Detectron2 was killed while it wrote the file.
         logger.warning("%s cannot be read; nothing to compare this config with", path)
         return []
     refused, allowed = [], []
