@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
 
 import pytest
@@ -24,7 +25,7 @@ KILLS = 10
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """``start(output)``: a child process that starts or resumes a run; one checkpoint a step."""
+    """``start(output, **environment)``: a child process of a run, which saves after every step."""
     folder = tmp_path_factory.mktemp("faults")
     data = make_synthetic(folder / "data", 6, 2, image_size=(64, 64))
     entries = [[f"faults_{x}", str(data / f"{x}.json"), str(data / x)] for x in ("train", "val")]
@@ -50,9 +51,9 @@ def start(tmp_path_factory):
     context.set_forkserver_preload(["kd_detectron.engine.main"])
     children = []
 
-    def start_child(output):
+    def start_child(output, **environment):
         argv = ["--config-file", str(folder / "run.yaml"), "--resume", "OUTPUT_DIR", str(output)]
-        child = context.Process(target=train, args=argv)
+        child = context.Process(target=train, args=argv, kwargs=environment)
         child.start()
         children.append(child)
         return child
@@ -155,3 +156,21 @@ def test_sigterm_ends_a_run_with_a_checkpoint_and_its_own_exit_code(start, unint
     assert 2 <= last_iteration(tmp_path) < ITERATIONS - 1
     assert finish(start(tmp_path)) == 0
     assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+def test_death_of_one_of_two_processes_ends_the_other_with_an_error(start, tmp_path, dead):
+    """As on two machines, where no common parent process could end it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [start(tmp_path, RANK=str(rank), **common, **address) for rank in range(2)]
+    wait_for_iteration(children[0], tmp_path, 2)
+    children[dead].kill()
+    children[1 - dead].join(timeout=60)
+    assert children[1 - dead].exitcode == 1
+    saved = last_iteration(tmp_path)
+    assert 2 <= saved < ITERATIONS - 1
+    torch.load(tmp_path / f"model_{saved:07d}.pth", weights_only=True)
