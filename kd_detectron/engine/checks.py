@@ -1,5 +1,6 @@
 """What would not fail but silently be wrong: found before the first step.
 
+- :func:`check_meta_architecture`: distillers are named, but the meta-architecture has none.
 - :func:`warn_of_channel_order`: images in one channel order, normalised by a mean in the other, as
   in the release of the papers; the model trains, some points of AP worse.
 - :func:`check_class_order`: teacher and student have as many classes, in another order; the logits
@@ -19,12 +20,14 @@ from collections.abc import Iterator, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
 from omegaconf import OmegaConf
 
 from kd_detectron.data.checks import DatasetSummary
 from kd_detectron.data.coco_format import resolve_path
 from kd_detectron.distillers import DISTILLER_REGISTRY
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.modeling.distilled_rcnn import DistillationMixin
 from kd_detectron.modeling.lazy_teacher import read_lazy_config
 from kd_detectron.modeling.teacher import find_teacher_config, teacher_config
 
@@ -37,6 +40,30 @@ MEAN_TOLERANCE = 4.0
 # Keys whose change makes another run of it; of these, what a resumed run may change.
 IDENTITY = ("MODEL.", "KD.", "DATASETS.TRAIN")
 MAY_CHANGE = ("MODEL.DEVICE", "MODEL.WEIGHTS", "KD.SCHEDULE.", "KD.TEACHER.AMP")
+
+
+# ---- meta-architecture ----
+
+
+def check_meta_architecture(cfg: CfgNode) -> None:
+    """Refuses ``KD.DISTILLERS`` on a detector that would train without them, and unknown ones.
+
+    Raises:
+        ConfigError: naming ``MODEL.META_ARCHITECTURE`` and the fix.
+    """
+    name = cfg.MODEL.META_ARCHITECTURE
+    known = {key: cls for key, cls in META_ARCH_REGISTRY if isinstance(cls, type)}
+    if name not in META_ARCH_REGISTRY:
+        raise ConfigError(f"MODEL.META_ARCHITECTURE is '{name}'{did_you_mean(name, known)}")
+    if not (cfg.KD.ENABLED and cfg.KD.DISTILLERS):
+        return
+    if name in known and not issubclass(known[name], DistillationMixin):
+        distilled = [key for key, cls in known.items() if issubclass(cls, DistillationMixin)]
+        raise ConfigError(
+            f"KD.DISTILLERS is {list(cfg.KD.DISTILLERS)} but MODEL.META_ARCHITECTURE is '{name}', "
+            f"which distils nothing; set it to one of {', '.join(sorted(distilled))}, or "
+            "KD.ENABLED False"
+        )
 
 
 # ---- channel order ----

@@ -38,7 +38,12 @@ from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.modeling.teacher import load_teacher
 
-from .checks import check_class_order, check_same_run, warn_of_channel_order
+from .checks import (
+    check_class_order,
+    check_meta_architecture,
+    check_same_run,
+    warn_of_channel_order,
+)
 from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
 from .trainer import DistillationTrainer, unwrap
@@ -141,6 +146,7 @@ def run(args) -> None:
     if not torch.cuda.is_available() and cfg.MODEL.DEVICE == "cuda":
         cfg.MODEL.DEVICE = "cpu"
         print("MODEL.DEVICE is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
+    check_meta_architecture(cfg)
     check_augmentation(cfg)
     cfg.freeze()
     register_coco_format(cfg)

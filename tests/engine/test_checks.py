@@ -12,6 +12,7 @@ from kd_detectron.data.checks import DatasetSummary
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.engine.checks import (
     check_class_order,
+    check_meta_architecture,
     check_same_run,
     teacher_classes,
     warn_of_channel_order,
@@ -27,6 +28,37 @@ RGB_MEAN, BGR_MEAN = [123.675, 116.28, 103.53], [103.53, 116.28, 123.675]
 def log_reaches_caplog(monkeypatch):
     """Detectron2's ``setup_logger``, called by any test before, would keep it from there."""
     monkeypatch.setattr(logging.getLogger("kd_detectron"), "propagate", True)
+
+
+# ---- meta-architecture ----
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("GeneralizedRCNN", ["KD.DISTILLERS", "distils nothing", "DistilledRCNN", "KD.ENABLED"]),
+        ("DistilledRCN", ["did you mean DistilledRCNN"]),
+    ],
+)
+def test_distillers_on_a_detector_that_has_none_are_refused(tmp_path, capsys, name, words):
+    cfg = distilled_cfg(tmp_path, opts=["MODEL.META_ARCHITECTURE", name])
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    assert main(["--config-file", str(tmp_path / "run.yaml"), "--check"]) == 2
+    error = capsys.readouterr().err
+    for word in ["MODEL.META_ARCHITECTURE", name, *words]:
+        assert word in error
+
+
+def test_distillers_switched_off_are_no_matter(tmp_path):
+    opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "KD.ENABLED", False]
+    check_meta_architecture(distilled_cfg(tmp_path, opts=opts))
+
+
+def test_debug_shows_the_traceback_of_a_users_error(tmp_path):
+    cfg = distilled_cfg(tmp_path, opts=["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"])
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    with pytest.raises(ConfigError, match="distils nothing"):
+        main(["--config-file", str(tmp_path / "run.yaml"), "--check", "--debug"])
 
 
 # ---- channel order ----

@@ -19,8 +19,8 @@ from tiny import distilled_cfg
 
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 
-ITERATIONS = 24
-KILLS = 10
+ITERATIONS = 20
+KILLS = 8
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def start(tmp_path_factory):
             *("SOLVER.MAX_ITER", ITERATIONS),
             *("SOLVER.CHECKPOINT_PERIOD", 1),
             *("SOLVER.WARMUP_ITERS", 3),
-            *("SOLVER.STEPS", (18,)),
+            *("SOLVER.STEPS", (15,)),
         ],
     )
     (folder / "run.yaml").write_text(cfg.dump())
