@@ -10,6 +10,7 @@ from tiny import distilled_cfg, tiny_cfg, write_tiny_teacher
 
 from kd_detectron.data.checks import DatasetSummary
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.distillers import ModelSpec, build_distiller
 from kd_detectron.engine.checks import (
     check_class_order,
     check_meta_architecture,
@@ -342,3 +343,10 @@ def test_value_that_cannot_work_is_refused_before_the_teacher_is_built(
     with pytest.raises(ConfigError) as error:
         build_model(distilled_cfg(tmp_path, [distiller], opts))
     assert key in str(error.value) and str(value) in str(error.value)
+
+
+def test_unknown_option_of_a_distiller_is_refused_with_the_near_ones():
+    with pytest.raises(
+        ConfigError, match="KD.CKD has no option TEMPRATURE; did you mean TEMPERATU"
+    ):
+        build_distiller("CKD", {"TEMPRATURE": 2.0}, ModelSpec(), ModelSpec())
