@@ -41,6 +41,14 @@ def losses(output):
 
 
 def train(output, teacher, distillers, iterations=ITERATIONS):
+    # Ten times the weights: in 20 iterations a random teacher's opinion must count beside the
+    # detection losses, which at first pull away from it.
+    weights = get_config("bccd/ckd_reviewkd_r18.yaml").KD
+    stronger = [
+        item
+        for name in distillers
+        for item in (f"KD.{name.upper()}.WEIGHT", 10.0 * weights[name.upper()].WEIGHT)
+    ]
     opts = [
         *("MODEL.DEVICE", "cpu"),
         *("KD.DISTILLERS", repr(distillers)),
@@ -54,6 +62,7 @@ def train(output, teacher, distillers, iterations=ITERATIONS):
         *("DATASETS.TEST", "()"),
         *("TEST.EVAL_PERIOD", 0),
         *("OUTPUT_DIR", output),
+        *stronger,
     ]
     assert main(["--config-file", "bccd/ckd_reviewkd_r18.yaml", *map(str, opts)]) == 0
 
