@@ -154,8 +154,7 @@ def run_one(run: StudyRun) -> int:
         except KeyboardInterrupt:
             # The child got the same signal and is writing its checkpoint.
             process.wait()
-            if process.returncode == 0:
-                raise
+            raise
     return process.returncode
 
 

@@ -96,15 +96,15 @@ def test_finished_runs_are_skipped_failed_ones_named_and_a_table_ends_it(
 
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     text = (tmp_path / "run.yaml").read_text()
-    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 60"))
+    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 100"))
     command = [sys.executable, "-m", "kd_detectron.engine.study", str(study_file)]
     process = subprocess.Popen(command, start_new_session=True)
     log = tmp_path / "out" / "good" / "seed1" / "console.log"
-    deadline = time.monotonic() + 120
-    while not (log.is_file() and "Starting training" in log.read_text()):
+    metrics = log.with_name("metrics.json")
+    deadline = time.monotonic() + 300
+    while not (metrics.is_file() and metrics.read_text()):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.2)
-    time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 75
     stopped = tmp_path / "out" / "good" / "seed1"
@@ -114,7 +114,7 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
         study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
     )
     assert studies.main([str(study_file)]) == 0
-    assert json.loads((stopped / "result.json").read_text())["iterations"] == 60
+    assert json.loads((stopped / "result.json").read_text())["iterations"] == 100
     assert "Starting training from iteration 0" in log.read_text()
     starts = log.read_text().split("Starting training from iteration ")[1:]
     assert len(starts) == 2 and int(starts[1].split()[0]) > 0
