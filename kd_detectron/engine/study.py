@@ -60,7 +60,9 @@ class StudyRun:
     def iterations_done(self) -> int:
         """Iterations so far, from the run's metrics."""
         records = read_metrics(str(self.folder / "metrics.json"))
-        return max((int(record["iteration"]) + 1 for record in records), default=0)
+        done = max((int(record["iteration"]) + 1 for record in records), default=0)
+        # The last evaluation is recorded one iteration after the last step.
+        return min(done, self.max_iter)
 
 
 @dataclass
@@ -166,7 +168,7 @@ def _show_progress(run: StudyRun, process: subprocess.Popen) -> None:
             records = read_metrics(str(run.folder / "metrics.json"))
             if records:
                 latest = records[-1]
-                bar.update(int(latest["iteration"]) + 1 - bar.n)
+                bar.update(run.iterations_done() - bar.n)
                 shown = {"loss": latest.get("total_loss")}
                 aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
                 shown["AP"] = aps[-1] if aps else None

@@ -38,7 +38,7 @@ def test_paper_ablations_stand_ready():
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("runs: [{name: a, config: demo/teacher.yaml, sedes: [1]}]", ["sedes", "seeds"]),
+        ("runs: [{name: a, config: demo/teacher_r18.yaml, sedes: [1]}]", ["sedes", "seeds"]),
         ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
     ],
 )
