@@ -94,11 +94,16 @@ def test_finished_runs_are_skipped_failed_ones_named_and_a_table_ends_it(
     assert os.path.getmtime(out / "good" / "seed1" / "model_final.pth") == before
 
 
+def heed_interrupts():
+    # A shell that runs the tests in the background makes all its children ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     text = (tmp_path / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 100"))
     command = [sys.executable, "-m", "kd_detectron.engine.study", str(study_file)]
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_interrupts)
     log = tmp_path / "out" / "good" / "seed1" / "console.log"
     metrics = log.with_name("metrics.json")
     deadline = time.monotonic() + 300
