@@ -55,13 +55,15 @@ def study_file(tmp_path, monkeypatch):
     """Two tiny runs on six synthetic images and one that cannot work."""
     make_synthetic(tmp_path / "data", 6, 2, image_size=(64, 64))
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    # Detectron2's catalog outlives a test.
+    tag = tmp_path.name
     cfg = tiny_cfg(
         [
             *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
             *("MODEL.ROI_HEADS.NUM_CLASSES", 8),
-            *("DATASETS.COCO_FORMAT", [[f"s_{s}", f"{s}.json", s] for s in ("train", "val")]),
-            *("DATASETS.TRAIN", ("s_train",)),
-            *("DATASETS.TEST", ("s_val",)),
+            *("DATASETS.COCO_FORMAT", [[f"{s}_{tag}", f"{s}.json", s] for s in ("train", "val")]),
+            *("DATASETS.TRAIN", (f"train_{tag}",)),
+            *("DATASETS.TEST", (f"val_{tag}",)),
             *("SOLVER.MAX_ITER", 2),
             *("SOLVER.STEPS", ()),
         ]

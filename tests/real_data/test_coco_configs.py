@@ -62,6 +62,9 @@ def write_weights(cfg: CfgNode, path: Path) -> str:
         if name.endswith(last):
             state[name].zero_()
     state["roi_heads.box_predictor.cls_score.bias"][0] = 4.0
+    if list(cfg.MODEL.PIXEL_STD) == [1.0, 1.0, 1.0]:
+        # Pretrained networks that take images as they are have small first weights.
+        state["backbone.bottom_up.stem.conv1.weight"] /= 57.0
     torch.save({"model": state}, path)
     return str(path)
 
