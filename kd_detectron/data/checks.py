@@ -4,7 +4,7 @@
 with the config and with the files on disk. What would fail deep inside Detectron2, or only at the
 first evaluation, hours later, is a ``ConfigError`` that names the key, the value and the fix:
 missing files, broken JSON, unknown categories, class counts and class orders that differ, images
-that are not there, masks that are missing or in the other format.
+that are not there, masks that are missing or in the other format, keypoints that are missing.
 
 Cost: the reading of the JSON and one listing of each image folder, not one look per image. On
 several processes call it in one.
@@ -88,6 +88,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSumm
             if name not in summaries:
                 summaries[name] = _check_dataset(cfg, key, name)
                 _check_classes(cfg, key, summaries[name], next(iter(summaries.values())))
+                if cfg.MODEL.KEYPOINT_ON:
+                    _check_keypoint_metadata(cfg, key, name)
     return summaries
 
 
@@ -99,6 +101,7 @@ def check_coco_files(
     for_training: bool = True,
     for_test: bool = True,
     mask_format: str | None = None,
+    num_keypoints: int | None = None,
 ) -> DatasetSummary:
     """Checks one COCO-format dataset: an annotation file and the folder of its images.
 
@@ -108,6 +111,7 @@ def check_coco_files(
         for_training: whether it must hold annotations.
         for_test: whether the annotations need what the COCO evaluation reads.
         mask_format: ``INPUT.MASK_FORMAT`` of a model that learns masks; None without masks.
+        num_keypoints: how many keypoints an object of a keypoint model has; None without keypoints.
 
     Raises:
         ConfigError: the first thing found that would not work.
@@ -128,6 +132,7 @@ def check_coco_files(
         for_training=for_training,
         for_test=for_test,
         mask_format=mask_format,
+        num_keypoints=num_keypoints,
     )
     return DatasetSummary(name, len(sizes), annotations, tuple(classes.values()))
 
@@ -143,6 +148,9 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> DatasetSummary:
         for_training=key == "DATASETS.TRAIN",
         for_test=name in cfg.DATASETS.TEST,
         mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
+        num_keypoints=(
+            cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None
+        ),
     )
     builtin = metadata.get("thing_classes")
     if builtin is not None and tuple(builtin) != summary.classes:
@@ -153,6 +161,33 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> DatasetSummary:
             " DATASETS.COCO_FORMAT"
         )
     return replace(summary, name=name)
+
+
+def _check_keypoint_metadata(cfg: CfgNode, key: str, name: str) -> None:
+    """Refuses a dataset of which Detectron2 does not know what flips and evaluation need."""
+    metadata = MetadataCatalog.get(name)
+    count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
+    title = f"{key} '{name}': MODEL.KEYPOINT_ON is True"
+    if key == "DATASETS.TRAIN":
+        names = metadata.get("keypoint_names")
+        if names is None or metadata.get("keypoint_flip_map") is None:
+            raise ConfigError(
+                f"{title} but the dataset has no keypoint names and no pairs to exchange when an"
+                f" image is flipped; set MetadataCatalog.get('{name}').keypoint_names and"
+                " .keypoint_flip_map in a file given to --import, or MODEL.KEYPOINT_ON to False"
+            )
+        if len(names) != count:
+            raise ConfigError(
+                f"{title} and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count} but the dataset"
+                f" names {len(names)} keypoints; set NUM_KEYPOINTS to {len(names)}"
+            )
+    # Without sigmas pycocotools takes those of COCO's 17 keypoints of a person.
+    sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17
+    if name in cfg.DATASETS.TEST and sigmas != count:
+        raise ConfigError(
+            f"{title} and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count} but"
+            f" TEST.KEYPOINT_OKS_SIGMAS are for {sigmas} keypoints; give one for each keypoint"
+        )
 
 
 def _check_dicts(title: str, name: str) -> DatasetSummary:
@@ -281,6 +316,7 @@ def _check_annotations(
     for_training: bool,
     for_test: bool,
     mask_format: str | None,
+    num_keypoints: int | None,
 ) -> int:
     """Returns the number of usable annotations."""
     title = f"{name}: '{_absolute(json_file)}'"
@@ -291,6 +327,7 @@ def _check_annotations(
     needed = ["id", "image_id", "category_id", "bbox"]
     if for_test:  # Read by the COCO evaluation, that is only after the training.
         needed += ["area", "iscrowd"]
+        needed += ["num_keypoints"] if num_keypoints is not None else []
     _require(title, "annotations", annotations, needed)
     if "minival" not in json_file:  # Detectron2 makes the same exception for COCO 2014.
         _refuse_repeated(title, "annotations", annotations)
@@ -335,6 +372,8 @@ def _check_annotations(
         objects += 1
         if mask_format is not None:
             _check_mask(title, annotation, size, mask_format if for_training else None)
+        if num_keypoints is not None:
+            _check_keypoints(title, annotation, num_keypoints)
     if faults["image"]:
         logger.warning(
             "%s: %d annotations belong to no listed image and are not used", title, faults["image"]
@@ -375,6 +414,25 @@ def _check_mask(
                 f"{title}: annotation {annotation['id']} has a mask of height and width"
                 f" {list(mask['size'])} on an image of {list(size[::-1])}; correct one of them"
             )
+
+
+def _check_keypoints(title: str, annotation: Mapping, num_keypoints: int) -> None:
+    keypoints = annotation.get("keypoints")
+    if not keypoints:
+        raise ConfigError(
+            f"{title}: MODEL.KEYPOINT_ON is True but annotation {annotation['id']} has no"
+            " 'keypoints'; set MODEL.KEYPOINT_ON to False or add keypoints to all annotations"
+        )
+    if not (
+        isinstance(keypoints, list)
+        and len(keypoints) == 3 * num_keypoints
+        and all(map(_is_number, keypoints))
+    ):
+        raise ConfigError(
+            f"{title}: annotation {annotation['id']} has the keypoints {_short(keypoints)}, but"
+            f" MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}, so that it must have"
+            f" {3 * num_keypoints} numbers, x, y and visibility of each; correct one of them"
+        )
 
 
 def _require(title: str, part: str, entries: list, keys: Iterable[str]) -> None:

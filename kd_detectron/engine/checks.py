@@ -1,8 +1,9 @@
 """What would not fail but silently be wrong: found before the first step.
 
 - :func:`check_meta_architecture`: distillers are named, but the meta-architecture has none.
-- :func:`warn_of_channel_order`: images in one channel order, normalised by a mean in the other, as
-  in the release of the papers; the model trains, some points of AP worse.
+- :func:`warn_of_pixel_statistics`: images in one channel order, normalised by a mean or a standard
+  deviation in the other, as in the release of the papers, or by statistics of images in 0..1; the
+  model trains, some points of AP worse.
 - :func:`check_class_order`: teacher and student have as many classes, in another order; the logits
   would be compared class by class with the wrong ones.
 - :func:`check_same_run`: ``--resume`` into the folder of another run; where the shapes happen to
@@ -34,8 +35,11 @@ from kd_detectron.modeling.teacher import find_teacher_config, teacher_config
 logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = {"RGB": (123.675, 116.28, 103.53), "BGR": (103.53, 116.28, 123.675)}
+IMAGENET_STD = {"RGB": (58.395, 57.12, 57.375), "BGR": (57.375, 57.12, 58.395)}
 # Variants in use (Caffe's, rounded ones) are within 2 of these; the two orders are 20 apart.
 MEAN_TOLERANCE = 4.0
+# The two orders are 1 apart.
+STD_TOLERANCE = 0.25
 
 # Keys whose change makes another run of it; of these, what a resumed run may change.
 IDENTITY = ("MODEL.", "KD.", "DATASETS.TRAIN")
@@ -66,36 +70,87 @@ def check_meta_architecture(cfg: CfgNode) -> None:
         )
 
 
-# ---- channel order ----
+# ---- pixel statistics ----
 
 
-def channel_order_warning(
-    who: str, input_format: str, mean: Sequence[float], *, format_key: str, mean_key: str
+def pixel_statistics_warning(
+    who: str,
+    input_format: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    format_key: str,
+    mean_key: str,
+    std_key: str,
 ) -> str | None:
-    """Returns a sentence if ImageNet's mean stands in the other order than the images' channels.
+    """Returns a sentence if images are normalised by statistics that cannot be theirs.
+
+    That is, by those of images in 0..1, or by ImageNet's in the other channel order. Own data may
+    have any others.
 
     Args:
         who: whose images these are, "student" or "teacher".
         input_format: "BGR" or "RGB".
-        mean: the mean that is subtracted, in 0..255; own data may have any other.
-        format_key, mean_key: the config keys of the two.
+        mean, std: what images in 0..255 are normalised by.
+        format_key, mean_key, std_key: the config keys of the three.
     """
+    shown_mean, shown_std = _rounded(mean), _rounded(std)
+    if _of_images_up_to_one(mean, std):
+        mean, std = ([value * 255 for value in values] for values in (mean, std))
+        fix = f"multiply both by 255, to {_rounded(mean)} and {_rounded(std)}"
+        order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
+        if order not in (None, input_format):
+            fix += f" and, since that is ImageNet's mean in {order} order, reverse them"
+        return (
+            f"{mean_key} {shown_mean} and {std_key} {shown_std} of the {who} are those of images "
+            f"in 0..1, but images are in 0..255 here: {fix}"
+        )
     other = {"RGB": "BGR", "BGR": "RGB"}.get(input_format)
-    if other is None or len(mean) != 3:
+    if other is None:
         return None
-    if max(abs(a - b) for a, b in zip(mean, IMAGENET_MEAN[other], strict=True)) > MEAN_TOLERANCE:
-        return None
-    shown = [round(value, 3) for value in mean]
-    return (
-        f"{format_key} is {input_format} for the {who}, but {mean_key} {shown} is ImageNet's mean "
-        f"in {other} order: each channel is normalised by another one's statistics. Set {mean_key} "
-        f"to {list(IMAGENET_MEAN[input_format])} and reverse PIXEL_STD with it, or, if the weights "
-        f"were trained on {other} images, set {format_key} to {other}"
-    )
+    mean_order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
+    std_order = _imagenets_order(std, IMAGENET_STD, STD_TOLERANCE)
+    if mean_order == other:
+        std_too = f" and {std_key} to {shown_std[::-1]}" if std_order == other else ""
+        return (
+            f"{format_key} is {input_format} for the {who}, but {mean_key} {shown_mean} is "
+            f"ImageNet's mean in {other} order: each channel is normalised by another one's "
+            f"statistics. Set {mean_key} to {list(IMAGENET_MEAN[input_format])}{std_too}, or, if "
+            f"the weights were trained on {other} images, set {format_key} to {other}"
+        )
+    if mean_order == input_format and std_order == other:
+        return (
+            f"{format_key} is {input_format} for the {who} and {mean_key} is ImageNet's in that "
+            f"order, but {std_key} {shown_std} is ImageNet's in {other} order. Set {std_key} to "
+            f"{list(IMAGENET_STD[input_format])}, unless the weights were trained as it is"
+        )
+    return None
 
 
-def warn_of_channel_order(model) -> list[str]:
-    """Logs where student or teacher normalise in another channel order than they read images in.
+def _of_images_up_to_one(mean: Sequence[float], std: Sequence[float]) -> bool:
+    # A mean of 0 with a standard deviation of 1 leaves the images as they are.
+    small_mean = any(mean) and max(map(abs, mean)) <= 1
+    return small_mean or (len(std) > 0 and max(std) < 1)
+
+
+def _imagenets_order(
+    values: Sequence[float], imagenets: Mapping[str, Sequence[float]], tolerance: float
+) -> str | None:
+    """The channel order in which these are ImageNet's statistics, if they are."""
+    for order, expected in imagenets.items():
+        if len(values) == 3 and all(
+            abs(a - b) <= tolerance for a, b in zip(values, expected, strict=True)
+        ):
+            return order
+    return None
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
+
+
+def warn_of_pixel_statistics(model) -> list[str]:
+    """Logs where student or teacher normalise by statistics that cannot be their images'.
 
     Args:
         model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
@@ -104,23 +159,25 @@ def warn_of_channel_order(model) -> list[str]:
         The warnings.
     """
     found = [
-        channel_order_warning(
+        pixel_statistics_warning(
             "student",
             getattr(model, "input_format", None),
-            _mean_of(model),
+            *_statistics_of(model),
             format_key="INPUT.FORMAT",
             mean_key="MODEL.PIXEL_MEAN",
+            std_key="MODEL.PIXEL_STD",
         )
     ]
     teacher = getattr(model, "teacher", None)
     if teacher is not None:
         found.append(
-            channel_order_warning(
+            pixel_statistics_warning(
                 "teacher",
                 teacher.input_format,
-                _mean_of(teacher.model),
+                *_statistics_of(teacher.model),
                 format_key="INPUT.FORMAT of KD.TEACHER.CONFIG_FILE",
-                mean_key="its MODEL.PIXEL_MEAN (both by KD.TEACHER.OPTS)",
+                mean_key="its MODEL.PIXEL_MEAN (by KD.TEACHER.OPTS)",
+                std_key="its MODEL.PIXEL_STD",
             )
         )
     warnings = [warning for warning in found if warning]
@@ -129,9 +186,10 @@ def warn_of_channel_order(model) -> list[str]:
     return warnings
 
 
-def _mean_of(model) -> list[float]:
-    mean = getattr(model, "pixel_mean", None)
-    return [] if mean is None else mean.flatten().tolist()
+def _statistics_of(model) -> tuple[list[float], list[float]]:
+    values = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
+    mean, std = ([] if value is None else value.flatten().tolist() for value in values)
+    return mean, std
 
 
 # ---- class order ----

@@ -42,7 +42,7 @@ from .checks import (
     check_class_order,
     check_meta_architecture,
     check_same_run,
-    warn_of_channel_order,
+    warn_of_pixel_statistics,
 )
 from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
@@ -242,7 +242,7 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> None:
 def log_start(trainer: DistillationTrainer) -> None:
     """Says who learns what from whom."""
     model = unwrap(trainer.model)
-    warn_of_channel_order(model)
+    warn_of_pixel_statistics(model)
     logger.info("Random seed: %d", trainer.seed)
     distillers = getattr(model, "distillers", {})
     logger.info("Student: %.1f M parameters", student_parameters(model) / 1e6)
@@ -307,7 +307,7 @@ def check(cfg: CfgNode) -> None:
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=False)
     model = unwrap(trainer.model)
-    warn_of_channel_order(model)
+    warn_of_pixel_statistics(model)
     if getattr(model, "teacher", None) is not None:
         print(
             f"teacher  {model.teacher.name}: {model.teacher.num_parameters / 1e6:.1f} M parameters"

@@ -230,6 +230,64 @@ def test_rle_masks_need_the_bitmask_format(make_cfg, make_coco):
     refused(cfg, "annotation 1 has a mask of height and width [16, 24]", "[24, 16]")
 
 
+@pytest.fixture
+def keypoint_cfg(make_cfg, make_coco):
+    """Returns a function that gives a sound config of two keypoints, its content changed."""
+
+    def make(change=lambda content: None):
+        content = make_coco(3)
+        for annotation in content["annotations"]:
+            annotation["keypoints"], annotation["num_keypoints"] = [3, 4, 2, 5, 6, 2], 2
+        change(content)
+        cfg = make_cfg(content)
+        cfg.MODEL.KEYPOINT_ON = True
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
+        cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
+        metadata = MetadataCatalog.get("tiny")
+        metadata.keypoint_names, metadata.keypoint_flip_map = ["left", "right"], [("left", "right")]
+        return cfg
+
+    return make
+
+
+def test_keypoints_are_required_of_a_keypoint_model(keypoint_cfg):
+    assert check_datasets(keypoint_cfg())["tiny"].annotations == 3
+    cfg = keypoint_cfg(lambda content: content["annotations"][1].pop("keypoints"))
+    refused(cfg, "MODEL.KEYPOINT_ON is True but annotation 2 has no 'keypoints'")
+    cfg.MODEL.KEYPOINT_ON = False
+    assert check_datasets(cfg)["tiny"].annotations == 3
+
+
+def test_crowds_need_no_keypoints(keypoint_cfg):
+    def change(content):
+        content["annotations"][1]["iscrowd"] = 1
+        del content["annotations"][1]["keypoints"]
+
+    assert check_datasets(keypoint_cfg(change))["tiny"].annotations == 3
+
+
+@pytest.mark.parametrize("keypoints", [[3, 4, 2], [3, 4, 2, 5, 6, None], "left"])
+def test_keypoints_of_another_number_are_refused(keypoint_cfg, keypoints):
+    cfg = keypoint_cfg(lambda content: content["annotations"][0].update(keypoints=keypoints))
+    refused(cfg, "annotation 1 has the keypoints", "NUM_KEYPOINTS is 2", "6 numbers")
+
+
+def test_what_flips_and_evaluation_of_keypoints_need_is_required(keypoint_cfg):
+    cfg = keypoint_cfg(lambda content: content["annotations"][2].pop("num_keypoints"))
+    refused(cfg, "1 of 3 annotations have no 'num_keypoints'")
+    cfg = keypoint_cfg()
+    cfg.TEST.KEYPOINT_OKS_SIGMAS = []
+    refused(cfg, "NUM_KEYPOINTS is 2 but TEST.KEYPOINT_OKS_SIGMAS are for 17 keypoints")
+    cfg.DATASETS.TEST = ()
+    assert check_datasets(cfg)["tiny"].annotations == 3
+    metadata = MetadataCatalog.get("tiny")
+    del metadata.keypoint_names
+    metadata.keypoint_names = ["left", "right", "middle"]
+    refused(cfg, "NUM_KEYPOINTS is 2 but the dataset names 3 keypoints")
+    del metadata.keypoint_flip_map
+    refused(cfg, "MODEL.KEYPOINT_ON is True but", ".keypoint_flip_map", "--import")
+
+
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
 def test_what_the_evaluation_reads_is_required_before_training(make_cfg, key, make_coco):
     content = make_coco(3)
