@@ -178,6 +178,7 @@ def test_meta_architectures_of_detectron2_stay(meta):
     [
         ("build_mobilenetv2_fpn_backbone", ["MODEL.MOBILENETV2.WIDTH_MULT", 0.25]),
         ("build_timm_fpn_backbone", ["MODEL.TIMM.NAME", "mobilenetv3_small_050"]),
+        ("build_torchvision_fpn_backbone", ["MODEL.TORCHVISION.NAME", "mobilenet_v3_small"]),
     ],
 )
 def test_student_with_a_backbone_of_this_project_keeps_its_node_only(

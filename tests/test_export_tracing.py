@@ -22,6 +22,10 @@ STUDENTS = {
         *("MODEL.TIMM.NAME", "mobilenetv3_small_050"),
         *("MODEL.TIMM.PRETRAINED", False),
     ],
+    "torchvision": [
+        *("MODEL.BACKBONE.NAME", "build_torchvision_fpn_backbone"),
+        *("MODEL.TORCHVISION.NAME", "mobilenet_v3_small"),
+    ],
     "retinanet": [
         *("MODEL.META_ARCHITECTURE", "RetinaNet"),
         *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),

@@ -234,7 +234,7 @@ def test_layouts_of_other_networks_are_not_taken_for_these():
     "name, expected",
     [
         ("resnet19", "did you mean resnet1"),
-        ("mobilenetv2", "did you mean mobilenet_v2?"),
+        ("mobilenetv2", "did you mean mobilenet_v2"),
         ("resnet50/V3", "IMAGENET1K_V1, IMAGENET1K_V2"),
     ],
 )

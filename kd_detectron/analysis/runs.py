@@ -154,8 +154,9 @@ def backbone_name(config: Mapping) -> str:
     if "mobilenet" in builder and "v2" in builder:
         width = model.get("MOBILENETV2", {}).get("WIDTH_MULT", 1.0)
         return "MV2" if width == 1 else f"MV2x{width:g}"
-    if builder == "timm":
-        return model["TIMM"]["NAME"]
+    library = builder.removeprefix("retinanet_")
+    if library in ("timm", "torchvision"):
+        return model[library.upper()]["NAME"]
     if builder.endswith("resnet"):
         resnet = model.get("RESNETS", {})
         letter = "X" if resnet.get("NUM_GROUPS", 1) > 1 else "R"

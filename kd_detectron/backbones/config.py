@@ -1,4 +1,4 @@
-"""The config nodes of this project's backbones, ``MODEL.MOBILENETV2`` and ``MODEL.TIMM``."""
+"""The config nodes of this project's backbones, under ``MODEL``."""
 
 from detectron2.config import CfgNode
 
@@ -7,6 +7,8 @@ BACKBONE_NODES = {
     "build_retinanet_mobilenetv2_fpn_backbone": "MOBILENETV2",
     "build_timm_fpn_backbone": "TIMM",
     "build_retinanet_timm_fpn_backbone": "TIMM",
+    "build_torchvision_fpn_backbone": "TORCHVISION",
+    "build_retinanet_torchvision_fpn_backbone": "TORCHVISION",
 }
 """The node under ``MODEL`` of each ``MODEL.BACKBONE.NAME`` that this project adds."""
 
@@ -25,5 +27,12 @@ def add_backbone_config(cfg: CfgNode) -> None:
             "NAME": "",
             # Start from timm's weights; only without MODEL.WEIGHTS.
             "PRETRAINED": True,
+        }
+    )
+    cfg.MODEL.TORCHVISION = CfgNode(
+        {
+            # A name of torchvision.models.list_models(), such as "efficientnet_b0"; its weights are
+            # MODEL.WEIGHTS "torchvision://efficientnet_b0".
+            "NAME": "",
         }
     )

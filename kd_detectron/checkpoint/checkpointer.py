@@ -6,6 +6,7 @@ own parameters under ``distillers.``, and the trainer's state; never the teacher
 
 - a file is complete or not there (:mod:`kd_detectron.checkpoint.files`), and a resumed run whose
   last checkpoint cannot be read continues from the one before it, with a warning;
+- weights that are not finite are never written: the last checkpoint is one to go on from;
 - ``.pth`` files are read as tensors only, never as arbitrary Python objects, also with a torch
   that would still unpickle them; ``.pkl`` is Detectron2's own zoo format and read as it does;
 - what cannot be loaded is one sentence with the config key, the path and the fix;
@@ -31,10 +32,10 @@ from kd_detectron.checkpoint.files import AtomicPathManager, remove_stale_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TorchvisionHandler,
     convert_torchvision_state,
-    torchvision_layout,
+    is_torchvision_state,
     torchvision_url,
 )
-from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.errors import ConfigError, NonFiniteLossError, did_you_mean
 
 _logger = logging.getLogger(__name__)
 _DISTILLERS = "distillers."
@@ -79,6 +80,22 @@ class DistillationCheckpointer(DetectionCheckpointer):
         self._source = weights_key
         if save_dir and self.save_to_disk:
             remove_stale_files(save_dir)
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes a checkpoint, as Detectron2's does.
+
+        Raises:
+            NonFiniteLossError: a weight or buffer is NaN or infinite; nothing is written.
+            CheckpointWriteError: the file could not be written.
+        """
+        if self.save_dir and self.save_to_disk:
+            for key, value in self.model.state_dict().items():
+                if value.is_floating_point() and not torch.isfinite(value).all():
+                    raise NonFiniteLossError(
+                        f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
+                        "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
+                    )
+        super().save(name, **kwargs)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads a checkpoint; an empty path loads nothing.
@@ -213,7 +230,7 @@ class DistillationCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> _IncompatibleKeys:
         state = checkpoint["model"]
         own_names = list(self.model.state_dict())
-        if torchvision_layout(state) is not None:
+        if is_torchvision_state(state, self.model):
             state = convert_torchvision_state(state, self.model, source=self._source)
             checkpoint["model"] = state
         file_has_distillers = any(name.startswith(_DISTILLERS) for name in state)

@@ -4,8 +4,9 @@
 that torchvision gives, and downloaded and cached by Detectron2's PathManager. A state dict in
 torchvision's layout, from there or from a local file, is renamed when it is loaded: ResNets to
 Detectron2's ``ResNet``, MobileNetV2 to :class:`kd_detectron.backbones.MobileNetV2`, under the
-prefix that the model has. The classifier is dropped. Without a version, IMAGENET1K_V1 is meant:
-what the papers started from.
+prefix that the model has; any network to :class:`kd_detectron.backbones.TorchvisionBackbone`,
+which keeps torchvision's names. The classifier is dropped. Without a version, IMAGENET1K_V1 is
+meant: what the papers started from.
 
 Two things that fit by shape and would silently be wrong are checked: blocks of a deeper ResNet left
 over, and Detectron2's default of the stride in the 1x1 convolution (torchvision has it in the 3x3;
@@ -26,6 +27,7 @@ from kd_detectron.errors import ConfigError, did_you_mean
 
 _logger = logging.getLogger(__name__)
 
+# Those that Detectron2's ResNet and this project's MobileNetV2 are.
 TORCHVISION_NETWORKS = (
     "resnet18",
     "resnet34",
@@ -51,10 +53,11 @@ def torchvision_url(name: str) -> str:
         ConfigError: the network or the version of its weights is unknown.
     """
     network, _, version = name.strip("/").partition("/")
-    if network not in TORCHVISION_NETWORKS:
+    known = torchvision.models.list_models(module=torchvision.models)
+    if network not in known:
         raise ConfigError(
-            f"'torchvision://{name}' names no network whose weights can be loaded here"
-            f"{did_you_mean(network, TORCHVISION_NETWORKS)}"
+            f"'torchvision://{name}' names no classification network of torchvision"
+            f"{did_you_mean(network, known)}"
         )
     weights = torchvision.models.get_model_weights(network)
     version = version or "IMAGENET1K_V1"
@@ -93,13 +96,53 @@ def torchvision_layout(state: Mapping[str, object]) -> str | None:
     return None
 
 
+def is_torchvision_state(state: Mapping[str, object], model: nn.Module) -> bool:
+    """Whether the tensors are named as torchvision does, so that they are to be renamed."""
+    _, backbone = _torchvision_backbone(model)
+    if backbone is not None and backbone.tensor_names & state.keys():
+        return True
+    return torchvision_layout(state) is not None
+
+
+def _torchvision_backbone(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The model's TorchvisionBackbone, if it has one, and the prefix of its network's tensors."""
+    for path, module in model.named_modules():
+        if hasattr(module, "torchvision_name"):
+            return f"{path}.net." if path else "net.", module
+    return "", None
+
+
+def _convert_by_own_names(
+    state: Mapping[str, torch.Tensor], model: nn.Module, *, source: str
+) -> dict[str, torch.Tensor]:
+    """As :func:`convert_torchvision_state`, for a backbone that keeps torchvision's names."""
+    prefix, backbone = _torchvision_backbone(model)
+    # torchvision's files of DenseNets have the names of its first version.
+    old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d\.)")
+    state = {old.sub(r"\1", name): tensor for name, tensor in state.items()}
+    own = {name: tensor.shape for name, tensor in backbone.net.state_dict().items()}
+    optional = "num_batches_tracked"  # FrozenBN has none, and old files have none
+    unfit = [name for name in own.keys() - state.keys() if not name.endswith(optional)]
+    unfit += [name for name in own.keys() & state.keys() if state[name].shape != own[name]]
+    # Blocks of a larger network of the same family.
+    unfit += state.keys() - backbone.tensor_names
+    if unfit:
+        raise ConfigError(
+            f"{source} does not fit MODEL.TORCHVISION.NAME '{backbone.torchvision_name}':"
+            f" {len(unfit)} tensors differ in presence or shape, the first '{sorted(unfit)[0]}';"
+            f" set MODEL.WEIGHTS to torchvision://{backbone.torchvision_name}, or the name to that"
+            " of the network in the file"
+        )
+    return {prefix + name: tensor for name, tensor in state.items() if name in own}
+
+
 def convert_torchvision_state(
     state: Mapping[str, torch.Tensor], model: nn.Module, *, source: str
 ) -> dict[str, torch.Tensor]:
     """Renames a torchvision state dict to the names that ``model``'s backbone has.
 
     Args:
-        state: a state dict for which :func:`torchvision_layout` is not None.
+        state: a state dict for which :func:`is_torchvision_state` is true.
         model: a detector, or a backbone alone.
         source: where the tensors come from, as error messages name it ("MODEL.WEIGHTS 'x.pth'").
 
@@ -109,6 +152,10 @@ def convert_torchvision_state(
     Raises:
         ConfigError: the model's backbone is another network than the one in the file.
     """
+    _, backbone = _torchvision_backbone(model)
+    if backbone is not None and backbone.tensor_names & state.keys():
+        _warn_of_other_normalisation(model, source)
+        return _convert_by_own_names(state, model, source=source)
     layout = torchvision_layout(state)
     model_state = model.state_dict()
     anchor = "stem.conv1.weight" if layout == "resnet" else "features.0.0.weight"
