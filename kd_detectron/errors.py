@@ -13,7 +13,11 @@ class ConfigError(ValueError):
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss became NaN or infinite during training; the last checkpoint is intact."""
+    """A loss, or the weights, became NaN or infinite in training; the last checkpoint is intact."""
+
+
+class CorruptImageError(RuntimeError):
+    """More images than allowed cannot be read; the last checkpoint is intact."""
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:

@@ -1,15 +1,71 @@
 """The command line as the target of a child process (tests/engine/test_faults.py)."""
 
+import io
 import os
+import signal
 import sys
 
 
-def train(*argv: str, **environment: str) -> None:
+def train(
+    *argv: str,
+    console: str | None = None,
+    killed_after: int | None = None,
+    disk_full_from: str | None = None,
+    **environment: str,
+) -> None:
     """Runs ``tools/train_net.py`` with these arguments; its exit code is the process's.
 
-    ``environment``: variables to set, such as those by which torchrun names a process.
+    Args:
+        argv: its arguments.
+        console: a file for all that it prints.
+        killed_after: kill -9 in mid-write, when it has written so many bytes of checkpoints.
+        disk_full_from: of the checkpoint of this name and all later ones, nothing can be written:
+            the system says that the disk is full.
+        environment: variables to set, such as those by which torchrun names a process.
     """
+    from kd_detectron.checkpoint import files
     from kd_detectron.engine.main import main
 
     os.environ.update(environment)
+    if console is not None:
+        descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+    if killed_after is not None:
+        files.open = LastWords(killed_after)
+    if disk_full_from is not None:
+        files.open = FullDisk(disk_full_from)
     sys.exit(main(list(argv)))
+
+
+class LastWords:
+    """An ``open`` whose binary files end the process when this many bytes were written to them."""
+
+    def __init__(self, left: int):
+        self.left = left
+
+    def __call__(self, path: str, mode: str):
+        if mode != "wb":
+            return open(path, mode)
+        outer = self
+
+        class File(io.FileIO):
+            def write(self, data) -> int:
+                written = super().write(memoryview(data)[: outer.left])
+                outer.left -= written
+                if outer.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return written
+
+        return io.BufferedWriter(File(path, "wb"))
+
+
+class FullDisk:
+    """An ``open`` for a disk that is full from one file on; the kernel itself refuses the write."""
+
+    def __init__(self, first: str):
+        self.first = first
+
+    def __call__(self, path: str, mode: str):
+        full = mode == "wb" and os.path.basename(path).strip(".") >= self.first
+        return open("/dev/full" if full else path, mode)

@@ -24,7 +24,7 @@ from kd_detectron.checkpoint import (
     UnreadableCheckpointError,
     atomic_open,
 )
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, NonFiniteLossError
 
 
 def small_model(seed: int = 0, channels: int = 4) -> nn.Module:
@@ -88,6 +88,18 @@ def test_disk_full_in_mid_write_keeps_the_previous_checkpoint(tmp_path, monkeypa
     monkeypatch.undo()
     checkpointer.save("model_0000009")
     assert checkpointer.get_checkpoint_file().endswith("model_0000009.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_never_written(tmp_path, value):
+    model = small_model()
+    checkpointer = DistillationCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    name, tensor = next((k, v) for k, v in model.state_dict().items() if v.is_floating_point())
+    tensor.view(-1)[0] = value
+    with pytest.raises(NonFiniteLossError, match=f"'{name}' is not finite.*model_0000002.*intact"):
+        checkpointer.save("model_0000002")
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
 
 
 def test_file_size_limit_of_the_system_keeps_the_previous_checkpoint(tmp_path):

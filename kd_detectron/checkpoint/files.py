@@ -55,7 +55,7 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
             reason = str(error).split("\n")[0]
             raise CheckpointWriteError(
                 f"{path} could not be written ({reason}): the unfinished file was removed and the"
-                " checkpoints already in that folder are intact; free some disk space or set"
+                " checkpoints already in that folder are intact; free some disk space or move"
                 " OUTPUT_DIR to another disk, then continue with --resume"
             ) from error
         raise

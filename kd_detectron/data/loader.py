@@ -34,7 +34,7 @@ from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.errors import ConfigError, CorruptImageError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,10 @@ class ResumableLoader:
         for file_name, reason in element.corrupt.items():
             self._corrupt.add(file_name)
             if len(self._corrupt) > self._max_corrupt_images:
-                raise ConfigError(
+                raise CorruptImageError(
                     f"cannot use image '{file_name}' ({reason}) and DATALOADER.MAX_CORRUPT_IMAGES"
-                    f" is {self._max_corrupt_images}; repair or remove the image, or set"
-                    f" DATALOADER.MAX_CORRUPT_IMAGES to at least {len(self._corrupt)}"
+                    f" is {self._max_corrupt_images}; repair the image, or set"
+                    f" DATALOADER.MAX_CORRUPT_IMAGES to at least {len(self._corrupt)}, and --resume"
                 )
             logger.warning(
                 "Skipped image '%s' (%s), taking '%s' instead; %d of at most %d such images",

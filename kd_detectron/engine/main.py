@@ -31,11 +31,11 @@ from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
-from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.checkpoint import CheckpointWriteError, DistillationCheckpointer
 from kd_detectron.config import find_config, get_config
 from kd_detectron.data.checks import check_datasets
 from kd_detectron.data.coco_format import register_coco_format
-from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError
 from kd_detectron.modeling.teacher import load_teacher
 
 from .checks import (
@@ -109,7 +109,7 @@ def run_process(args, run: Callable) -> None:
         run(args)
     except ConfigError as error:
         _leave(args, error, USER_ERROR_EXIT_CODE, everywhere=False)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, CorruptImageError, CheckpointWriteError) as error:
         _leave(args, error, FAILED_EXIT_CODE, everywhere=True)
     except Interrupted as stop:
         if comm.is_main_process():

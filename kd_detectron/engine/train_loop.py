@@ -100,7 +100,10 @@ class DistillationTrainLoop(SimpleTrainer):
         with torch.autocast(
             self.device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
         ):
-            return self.model(batch)
+            try:
+                return self.model(batch)
+            except FloatingPointError as error:  # Detectron2's RPN, before there is any loss.
+                raise self._not_finite(str(error), batch) from error
 
     def _without_gradient_exchange(self):
         # Gradients are reduced over the processes once, with the last batch.
@@ -112,14 +115,18 @@ class DistillationTrainLoop(SimpleTrainer):
         values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
         bad = [name for name, value in zip(losses, values, strict=True) if not math.isfinite(value)]
         if bad:
-            files = ", ".join(str(x.get("file_name", "unnamed image")) for x in batch)
-            shown = ", ".join(f"{name}={losses[name].item()}" for name in bad)
-            raise NonFiniteLossError(
-                f"Loss not finite at iteration {self.iter} (process {comm.get_rank()}): {shown}; "
-                f"the images were {files}. The weights of this iteration were not changed and the "
-                "last checkpoint is intact; lower SOLVER.BASE_LR or the distillation weight, or "
-                "raise KD.SCHEDULE.WARMUP_ITERS, and --resume"
+            raise self._not_finite(
+                ", ".join(f"{name}={losses[name].item()}" for name in bad), batch
             )
+
+    def _not_finite(self, what: str, batch: list[dict]) -> NonFiniteLossError:
+        files = ", ".join(str(x.get("file_name", "unnamed image")) for x in batch)
+        return NonFiniteLossError(
+            f"Loss not finite at iteration {self.iter} (process {comm.get_rank()}): {what}; "
+            f"the images were {files}. The weights of this iteration were not changed and the "
+            "last checkpoint is intact; lower SOLVER.BASE_LR or the distillation weight, or "
+            "raise KD.SCHEDULE.WARMUP_ITERS, and --resume"
+        )
 
     def state_dict(self) -> dict:
         return super().state_dict() | {"grad_scaler": self.grad_scaler.state_dict()}

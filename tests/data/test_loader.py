@@ -11,7 +11,7 @@ from detectron2.data import DatasetMapper
 from detectron2.utils import comm
 
 from kd_detectron.data import build_train_loader, register_coco_format
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, CorruptImageError
 
 
 @pytest.fixture
@@ -226,7 +226,9 @@ def test_fault_of_the_mapper_is_not_taken_for_a_corrupt_image(build):
 def test_corrupt_image_stops_the_run_and_is_named(build, tmp_path, workers):
     loader = build(**{"DATALOADER.NUM_WORKERS": workers})
     (tmp_path / "tiny" / "images" / "2.png").write_bytes(b"not an image")
-    with pytest.raises(ConfigError, match=r"image '.*/2\.png'.*DATALOADER.MAX_CORRUPT_IMAGES is 0"):
+    with pytest.raises(
+        CorruptImageError, match=r"image '.*/2\.png'.*DATALOADER.MAX_CORRUPT_IMAGES is 0"
+    ):
         batches(loader, 12)
 
 
@@ -247,7 +249,7 @@ def test_more_corrupt_images_than_allowed_stop_the_run(build, tmp_path):
     loader = build(**{"DATALOADER.MAX_CORRUPT_IMAGES": 1})
     for number in (2, 4):
         (tmp_path / "tiny" / "images" / f"{number}.png").write_bytes(b"")
-    with pytest.raises(ConfigError, match="MAX_CORRUPT_IMAGES to at least 2"):
+    with pytest.raises(CorruptImageError, match="MAX_CORRUPT_IMAGES to at least 2"):
         batches(loader, 20)
 
 
@@ -255,7 +257,7 @@ def test_dataset_of_corrupt_images_only_ends_with_an_error(build, tmp_path, make
     loader = build(make_coco(2), **{"DATALOADER.MAX_CORRUPT_IMAGES": 1})
     for number in range(2):
         (tmp_path / "tiny" / "images" / f"{number}.png").unlink()
-    with pytest.raises(ConfigError, match="cannot use image"):
+    with pytest.raises(CorruptImageError, match="cannot use image"):
         batches(loader, 1)
 
 
@@ -263,7 +265,7 @@ def test_image_of_another_size_than_annotated_counts_as_corrupt(build, make_coco
     content = make_coco(2)
     loader = build(content)
     content["images"][0]["width"] += 1
-    with pytest.raises(ConfigError, match="Mismatched image shape"):
+    with pytest.raises(CorruptImageError, match="Mismatched image shape"):
         batches(build_with_wrong_size(loader, content), 6)
 
 

@@ -1,13 +1,15 @@
 """Training in real child processes that are killed, stopped and resumed: nothing is lost.
 
 The children are forked by a server that has imported everything once (``forkserver``), so that a
-start costs the training's own set-up and not seconds of imports.
+start costs the training's own set-up and not seconds of imports. Every run saves a checkpoint
+after every step; it holds the weights, and the losses of that step and of the 19 before it.
 """
 
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -17,29 +19,34 @@ import torch
 from child_process import train
 from tiny import distilled_cfg
 
+from kd_detectron.config import get_config
+from kd_detectron.data import build_train_loader, register_coco_format
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 
 ITERATIONS = 20
-KILLS = 8
+KILLS = 20
+# Checkpoints of a few MB, steps of a few hundredths of a second.
+SMALL = [
+    *("MODEL.BACKBONE.NAME", "build_mobilenetv2_fpn_backbone"),
+    *("MODEL.MOBILENETV2.WIDTH_MULT", 0.125),
+    *("MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)),
+]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """``start(output, **environment)``: a child process of a run, which saves after every step."""
+def folder(tmp_path_factory):
+    """Holds ``data`` and ``run.yaml``."""
     folder = tmp_path_factory.mktemp("faults")
     data = make_synthetic(folder / "data", 6, 2, image_size=(64, 64))
     entries = [[f"faults_{x}", str(data / f"{x}.json"), str(data / x)] for x in ("train", "val")]
-    classes = ["MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)]
     cfg = distilled_cfg(
         folder,
         opts=[
+            *SMALL,
             *("DATASETS.COCO_FORMAT", entries),
             *("DATASETS.TRAIN", ("faults_train",)),
-            *("MODEL.BACKBONE.NAME", "build_mobilenetv2_fpn_backbone"),
-            *("MODEL.MOBILENETV2.WIDTH_MULT", 0.125),  # checkpoints of a few MB
             *("MODEL.FPN.OUT_CHANNELS", 16),
-            *classes,
-            *("KD.TEACHER.OPTS", classes),
+            *("KD.TEACHER.OPTS", SMALL),
             *("SOLVER.MAX_ITER", ITERATIONS),
             *("SOLVER.CHECKPOINT_PERIOD", 1),
             *("SOLVER.WARMUP_ITERS", 3),
@@ -47,13 +54,23 @@ def start(tmp_path_factory):
         ],
     )
     (folder / "run.yaml").write_text(cfg.dump())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(folder):
+    """``start(output, *opts, **options)``: a child process of a run, with ``--resume``.
+
+    All that it prints goes to the file ``output`` with the suffix ``.txt``.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["kd_detectron.engine.main"])
     children = []
 
-    def start_child(output, **environment):
+    def start_child(output, *opts, **options):
         argv = ["--config-file", str(folder / "run.yaml"), "--resume", "OUTPUT_DIR", str(output)]
-        child = context.Process(target=train, args=argv, kwargs=environment)
+        options["console"] = str(output.with_suffix(".txt"))
+        child = context.Process(target=train, args=[*argv, *map(str, opts)], kwargs=options)
         child.start()
         children.append(child)
         return child
@@ -70,17 +87,20 @@ def finish(child) -> int:
 
 @pytest.fixture(scope="module")
 def uninterrupted(start, tmp_path_factory):
-    output = tmp_path_factory.mktemp("uninterrupted")
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert finish(start(output)) == 0
     return output
 
 
 def seconds_of(output) -> tuple[float, float]:
     """How long a run took from its config to the first checkpoint, and from one to the next."""
-    checkpoints = [output / f"model_{i:07d}.pth" for i in (0, ITERATIONS - 2)]
-    first, last = (os.path.getmtime(path) for path in checkpoints)
+    first, last = (os.path.getmtime(checkpoint(output, i)) for i in (0, ITERATIONS - 2))
     begin = os.path.getmtime(output / "config.yaml")
     return first - begin, (last - first) / (ITERATIONS - 2)
+
+
+def checkpoint(output, iteration):
+    return output / f"model_{iteration:07d}.pth"
 
 
 def last_iteration(output) -> int:
@@ -99,63 +119,154 @@ def wait_for_iteration(child, output, iteration) -> None:
         time.sleep(0.002)
 
 
-def losses(output) -> dict:
-    """The last record of ``metrics.json``: running medians over all the last iterations."""
-    record = json.loads((output / "metrics.json").read_text().splitlines()[-1])
-    return {key: value for key, value in record.items() if "loss" in key or key == "iteration"}
+def assert_no_file_is_unreadable(output) -> None:
+    for name in os.listdir(output):
+        if name.endswith(".pth"):
+            assert "iteration" in torch.load(output / name, weights_only=True), name
+
+
+def metrics(output) -> list[dict]:
+    """The losses in ``metrics.json``."""
+    records = map(json.loads, (output / "metrics.json").read_text().splitlines())
+    return [
+        {key: value for key, value in record.items() if "loss" in key or key == "iteration"}
+        for record in records
+    ]
 
 
 def assert_same_run(output, expected) -> None:
-    mine, theirs = (
-        torch.load(x / "model_final.pth", weights_only=True) for x in (output, expected)
-    )
-    assert mine["iteration"] == theirs["iteration"] == ITERATIONS - 1
-    assert mine["model"].keys() == theirs["model"].keys()
-    for name, tensor in theirs["model"].items():
-        assert torch.equal(mine["model"][name], tensor), name
+    """Bit for bit: losses and weights of every iteration, momentum at the end."""
+    names = [f"model_{iteration:07d}.pth" for iteration in range(ITERATIONS)]
+    for name in [*names, "model_final.pth"]:
+        mine, theirs = (torch.load(x / name, weights_only=True) for x in (output, expected))
+        assert mine["iteration"] == theirs["iteration"]
+        # Each loss with its iteration: that of this step, and those that logs show the median of.
+        curves = [x["trainer"]["hooks"]["LossHistory"] for x in (mine, theirs)]
+        assert len(curves[1]["total_loss"]) == theirs["iteration"] + 1
+        assert {"loss_ckd", "loss_reviewkd", "loss_cls"} < curves[1].keys()
+        assert curves[0] == curves[1], name
+        assert mine["model"].keys() == theirs["model"].keys()
+        for key, tensor in theirs["model"].items():
+            assert torch.equal(mine["model"][key], tensor), (name, key)
     states = [x["trainer"]["_trainer"]["optimizer"]["state"] for x in (mine, theirs)]
     for key, state in states[1].items():
         assert torch.equal(states[0][key]["momentum_buffer"], state["momentum_buffer"])
-    assert losses(output) == losses(expected)
+    # A run that stops in order also writes the losses of the iteration at which it does.
+    assert all(record in metrics(output) for record in metrics(expected))
 
 
-def test_killed_at_random_moments_a_resumed_run_ends_as_the_uninterrupted_one(
+def test_killed_at_random_moments_a_resumed_run_follows_the_uninterrupted_one(
     start, uninterrupted, tmp_path
 ):
     moments = random.Random(4)
     set_up, step = seconds_of(uninterrupted)
-    reached = []
-    for number in range(KILLS):
-        child = start(tmp_path)
-        if number % 3:
-            # One or two checkpoints on, and then anywhere in a step or in writing a checkpoint.
-            wait_for_iteration(child, tmp_path, last_iteration(tmp_path) + moments.choice((1, 2)))
-            time.sleep(moments.uniform(0, step))
-        else:
+    size = checkpoint(uninterrupted, 0).stat().st_size
+    kills, in_mid_write, runs = 0, 0, [tmp_path / "0"]
+    while kills < KILLS:
+        output, before = runs[-1], last_iteration(runs[-1])
+        if kills % 5 == 0:  # anywhere before the first step
+            child = start(output)
             time.sleep(moments.uniform(0, set_up))
-        child.kill()
-        child.join()
-        if child.exitcode == 0:
-            break  # on a busy machine it may be faster than this test, at the end
+            child.kill()
+        elif kills % 5 < 3:  # anywhere in a step, or in what follows it
+            child = start(output)
+            wait_for_iteration(child, output, before + 1)
+            time.sleep(moments.uniform(0, step))
+            child.kill()
+        else:  # anywhere in writing one of the next three checkpoints
+            child = start(output, killed_after=moments.randrange(3 * size))
+        if finish(child) == 0:  # It was faster than this test, at the end: the next run.
+            runs.append(tmp_path / str(len(runs)))
+            continue
         assert child.exitcode == -signal.SIGKILL
-        reached.append(last_iteration(tmp_path))
-        for name in os.listdir(tmp_path):
-            if name.endswith(".pth"):
-                assert "iteration" in torch.load(tmp_path / name, weights_only=True), name
-    assert len(reached) >= KILLS // 2 and reached == sorted(reached)
-    assert finish(start(tmp_path)) == 0
-    assert [name for name in os.listdir(tmp_path) if name.endswith((".partial", ".tmp"))] == []
-    assert_same_run(tmp_path, uninterrupted)
+        kills += 1
+        if output.is_dir():
+            in_mid_write += any(name.endswith(".partial") for name in os.listdir(output))
+            assert_no_file_is_unreadable(output)
+            assert last_iteration(output) >= before
+    assert in_mid_write >= 8
+    assert finish(start(runs[-1])) == 0
+    for output in runs:
+        assert [x for x in os.listdir(output) if x.endswith((".partial", ".tmp"))] == []
+        assert_same_run(output, uninterrupted)
 
 
-def test_sigterm_ends_a_run_with_a_checkpoint_and_its_own_exit_code(start, uninterrupted, tmp_path):
-    child = start(tmp_path)
-    wait_for_iteration(child, tmp_path, 2)
-    child.terminate()
-    assert finish(child) == 75
-    assert 2 <= last_iteration(tmp_path) < ITERATIONS - 1
-    assert finish(start(tmp_path)) == 0
-    assert_same_run(tmp_path, uninterrupted)
+def test_signals_of_a_scheduler_end_a_run_with_a_checkpoint_and_its_own_exit_code(
+    start, uninterrupted, tmp_path
+):
+    output = tmp_path / "run"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = last_iteration(output)
+        child = start(output)
+        wait_for_iteration(child, output, before + 2)
+        os.kill(child.pid, number)
+        assert finish(child) == 75
+        assert before + 2 <= last_iteration(output) < ITERATIONS - 1
+        last_line = output.with_suffix(".txt").read_text().splitlines()[-1]
+        assert f"stopped by {number.name} after iteration" in last_line and "--resume" in last_line
+    assert finish(start(output)) == 0
+    assert_same_run(output, uninterrupted)
+
+
+def test_full_disk_stops_a_run_that_goes_on_when_there_is_room(start, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    assert finish(start(output, disk_full_from="model_0000003")) == 1
+    last_line = output.with_suffix(".txt").read_text().splitlines()[-1]
+    for words in ("error: ", "model_0000003.pth", "No space left on device", "--resume"):
+        assert words in last_line
+    assert last_iteration(output) == 2
+    assert_no_file_is_unreadable(output)
+    assert [x for x in os.listdir(output) if x.endswith((".partial", ".tmp"))] == []
+    assert finish(start(output)) == 0
+    assert_same_run(output, uninterrupted)
+
+
+def test_corrupt_image_in_mid_epoch_is_named_and_stops_a_run_or_is_skipped(
+    start, uninterrupted, folder, tmp_path
+):
+    data, output = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(folder / "data", data)
+    entry = [["faults_train", str(data / "train.json"), str(data / "train")]]
+    opts = ["DATASETS.TEST", "()", "DATASETS.COCO_FORMAT", entry]
+    # The second of three batches of the first epoch.
+    cfg = get_config(str(folder / "run.yaml"))
+    register_coco_format(cfg)
+    batches = iter(loader := build_train_loader(cfg))
+    next(batches), next(batches)
+    image = data / "train" / os.path.basename(loader.last_file_names[0])
+    whole = image.read_bytes()
+    image.write_bytes(whole[: len(whole) // 2])
+
+    assert finish(start(output, *opts)) == 1
+    last_line = output.with_suffix(".txt").read_text().splitlines()[-1]
+    for words in (f"error: cannot use image '{image}'", "MAX_CORRUPT_IMAGES is 0", "--resume"):
+        assert words in last_line
+    assert last_iteration(output) == 0
+
+    skipping = tmp_path / "skipping"
+    shutil.copytree(output, skipping)
+    opts_of_skipping = ["DATALOADER.MAX_CORRUPT_IMAGES", 1, "SOLVER.MAX_ITER", 4]
+    assert finish(start(skipping, *opts, *opts_of_skipping)) == 0
+    said = skipping.with_suffix(".txt").read_text()
+    assert f"Skipped image '{image}'" in said and "1 of at most 1 such images" in said
+    assert json.loads((skipping / "result.json").read_text())["finished"]
+
+    image.write_bytes(whole)
+    assert finish(start(output, *opts)) == 0
+    assert_same_run(output, uninterrupted)
+
+
+def test_diverging_run_ends_with_an_error_and_only_finite_checkpoints(start, tmp_path):
+    output = tmp_path / "run"
+    opts = ["SOLVER.BASE_LR", 1e12, "SOLVER.WARMUP_ITERS", 0]
+    assert finish(start(output, *opts)) == 1
+    last_line = output.with_suffix(".txt").read_text().splitlines()[-1]
+    assert last_line.startswith("error: ") and "not finite" in last_line
+    assert "last checkpoint is intact" in last_line and "--resume" in last_line
+    for name in os.listdir(output):
+        if name.endswith(".pth"):
+            for key, tensor in torch.load(output / name, weights_only=True)["model"].items():
+                assert torch.isfinite(tensor).all(), (name, key)
 
 
 @pytest.mark.parametrize("dead", [0, 1])
@@ -166,11 +277,12 @@ def test_death_of_one_of_two_processes_ends_the_other_with_an_error(start, tmp_p
         port = str(free.getsockname()[1])
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    children = [start(tmp_path, RANK=str(rank), **common, **address) for rank in range(2)]
-    wait_for_iteration(children[0], tmp_path, 2)
+    output = tmp_path / "run"
+    children = [start(output, RANK=str(rank), **common, **address) for rank in range(2)]
+    wait_for_iteration(children[0], output, 2)
     children[dead].kill()
     children[1 - dead].join(timeout=60)
     assert children[1 - dead].exitcode == 1
-    saved = last_iteration(tmp_path)
+    saved = last_iteration(output)
     assert 2 <= saved < ITERATIONS - 1
-    torch.load(tmp_path / f"model_{saved:07d}.pth", weights_only=True)
+    torch.load(checkpoint(output, saved), weights_only=True)
