@@ -39,7 +39,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.TEACHER.WEIGHTS = ""
     # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []
-    # Half-precision teacher on CUDA (bfloat16 where the GPU has it); ignored on the CPU.
+    # Half-precision teacher on CUDA (bfloat16 where the GPU has it), and on the CPU where the
+    # student trains in bf16 (SOLVER.AMP).
     cfg.KD.TEACHER.AMP = True
 
     # The factor on every distillation weight, over the iterations.

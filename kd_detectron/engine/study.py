@@ -11,10 +11,13 @@ A study file (``configs/studies/*.yaml``) names an output folder and its runs, i
 Each run is its own process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``.
 Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left
 for the next start. ``{output}`` in an option stands for the study's folder, so that a student can
-name the teacher's checkpoint.
+name the teacher's checkpoint. ``--jobs N`` has N runs going at a time, in the file's order but for
+students, which wait for the run that makes their teacher.
 """
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -45,6 +48,8 @@ class StudyRun:
         config: a config by path or bare name.
         folder: its output folder.
         opts: KEY VALUE overrides.
+        max_iter: its iterations.
+        teacher_weights: the checkpoint that it distils from; empty where it does not distil.
     """
 
     name: str
@@ -52,6 +57,7 @@ class StudyRun:
     folder: Path
     opts: list = field(default_factory=list)
     max_iter: int = 0
+    teacher_weights: str = ""
 
     @property
     def finished(self) -> bool:
@@ -102,35 +108,71 @@ def load_study(file: str, output: str | None = None) -> Study:
                 folder=folder / entry["name"] / ("" if seed is None else f"seed{seed}"),
                 opts=[*opts, *([] if seed is None else ["SEED", str(seed)])],
             )
-            run.max_iter = get_config(run.config, run.opts).SOLVER.MAX_ITER
+            cfg = get_config(run.config, run.opts)
+            run.max_iter = cfg.SOLVER.MAX_ITER
+            if cfg.KD.ENABLED and cfg.KD.DISTILLERS:
+                run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
             runs.append(run)
     return Study(folder, runs)
 
 
-def run_study(study: Study) -> list[StudyRun]:
+def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
     """Runs what is not finished yet; returns the runs that failed.
 
+    Args:
+        study: the runs, in the order in which they start.
+        jobs: how many runs go at a time; the machine's cores are shared out among them.
+
     Raises:
-        KeyboardInterrupt: the current run wrote its checkpoint; the same command goes on.
+        KeyboardInterrupt: the current runs wrote their checkpoints; the same command goes on.
     """
-    failed = []
     todo = [run for run in study.runs if not run.finished]
+    active: list[_ActiveRun] = []
+    failed = []
     total = sum(run.max_iter for run in study.runs)
-    started, done_before = time.monotonic(), None
-    for run in todo:
-        done = sum(r.iterations_done() for r in study.runs)
-        done_before = done if done_before is None else done_before
-        number = study.runs.index(run) + 1
-        left = _time_left(started, done_before, done, total)
-        print(f"[{number}/{len(study.runs)}] {run.folder}{left}", flush=True)
-        code = run_one(run)
-        if code == INTERRUPTED_EXIT_CODE:
-            raise KeyboardInterrupt
-        if code:
-            failed.append(run)
-            print(f"FAILED with exit code {code}: {run.folder}; last lines of {console(run)}:")
-            print("".join(f"    {line}\n" for line in last_lines(console(run))), flush=True)
+    started, done_before = time.monotonic(), sum(r.iterations_done() for r in study.runs)
+    # A cluster's SIGTERM is to end the trainings in order, as Ctrl-C does.
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while todo or active:
+            while len(active) < jobs and (run := _next_run(todo, active)):
+                todo.remove(run)
+                done = sum(r.iterations_done() for r in study.runs)
+                number = study.runs.index(run) + 1
+                left = _time_left(started, done_before, done, total)
+                tqdm.write(f"[{number}/{len(study.runs)}] {run.folder}{left}")
+                active.append(_ActiveRun(run, threads=max(1, (os.cpu_count() or 1) // jobs)))
+            time.sleep(1)
+            for one in list(active):
+                code = one.poll()
+                if code is None:
+                    continue
+                active.remove(one)
+                if code == INTERRUPTED_EXIT_CODE:
+                    raise KeyboardInterrupt
+                if code:
+                    failed.append(one.run)
+                    log = console(one.run)
+                    tqdm.write(
+                        f"FAILED with exit code {code}: {one.run.folder}; last lines of {log}:"
+                    )
+                    tqdm.write("".join(f"    {line}\n" for line in last_lines(log)))
+    finally:
+        # Only after an interrupt are there any: each writes its checkpoint and ends.
+        for one in active:
+            one.stop()
+        signal.signal(signal.SIGTERM, previous)
     return failed
+
+
+def _next_run(todo: Sequence[StudyRun], active: Sequence["_ActiveRun"]) -> StudyRun | None:
+    """The first run whose teacher is not still to come from another run of the study."""
+    coming = [*todo, *(one.run for one in active)]
+    for run in todo:
+        others = [other.folder for other in coming if other is not run]
+        if not (run.teacher_weights and Path(run.teacher_weights).parent in others):
+            return run
+    return None
 
 
 def _time_left(started: float, done_before: int, done: int, total: int) -> str:
@@ -140,39 +182,51 @@ def _time_left(started: float, done_before: int, done: int, total: int) -> str:
     return f", about {seconds / 60:.0f} min left in the study"
 
 
-def run_one(run: StudyRun) -> int:
-    """Runs one training as a process with a progress bar; returns its exit code."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        *(sys.executable, "-m", "kd_detectron.engine.main"),
-        *("--config-file", run.config, "--resume"),
-        *run.opts,
-        *("OUTPUT_DIR", str(run.folder)),
-    ]
-    with open(console(run), "ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _show_progress(run, process)
-        except KeyboardInterrupt:
-            # The child got the same signal and is writing its checkpoint.
-            process.wait()
-            raise
-    return process.returncode
+class _ActiveRun:
+    """One training as a process with a progress bar.
 
+    Args:
+        run: what to train; its folder is made.
+        threads: its OpenMP threads, where the environment does not say how many.
+    """
 
-def _show_progress(run: StudyRun, process: subprocess.Popen) -> None:
-    bar = tqdm(total=run.max_iter, initial=run.iterations_done(), unit="it", desc=run.name)
-    with bar:
-        while process.poll() is None:
-            time.sleep(1)
-            records = read_metrics(str(run.folder / "metrics.json"))
-            if records:
-                latest = records[-1]
-                bar.update(run.iterations_done() - bar.n)
-                shown = {"loss": latest.get("total_loss")}
-                aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
-                shown["AP"] = aps[-1] if aps else None
-                bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
+    def __init__(self, run: StudyRun, threads: int):
+        self.run = run
+        run.folder.mkdir(parents=True, exist_ok=True)
+        command = [
+            *(sys.executable, "-m", "kd_detectron.engine.main"),
+            *("--config-file", run.config, "--resume"),
+            *run.opts,
+            *("OUTPUT_DIR", str(run.folder)),
+        ]
+        with open(console(run), "ab") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+            )
+        name = "/".join(run.folder.parts[-2:]) if run.folder.name != run.name else run.name
+        self._bar = tqdm(total=run.max_iter, initial=run.iterations_done(), unit="it", desc=name)
+
+    def poll(self) -> int | None:
+        """Moves the progress bar on; returns the exit code, None while the process runs."""
+        code = self._process.poll()
+        records = read_metrics(str(self.run.folder / "metrics.json"))
+        if records:
+            self._bar.update(self.run.iterations_done() - self._bar.n)
+            aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
+            shown = {"loss": records[-1].get("total_loss"), "AP": aps[-1] if aps else None}
+            self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
+        if code is not None:
+            self._bar.close()
+        return code
+
+    def stop(self) -> None:
+        """Has the training write its checkpoint and end; waits for it."""
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+        self._bar.close()
 
 
 def console(run: StudyRun) -> Path:
@@ -202,10 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Runs a list of trainings and compares them.")
     parser.add_argument("study", help="a study file, by path or by name in configs/studies")
     parser.add_argument("--output", help="another output folder than the file's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     args = parser.parse_args(argv)
     try:
         study = load_study(args.study, args.output)
-        failed = run_study(study)
+        failed = run_study(study, jobs=args.jobs)
         report(study)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -57,7 +57,7 @@ class FrozenTeacher:
     Args:
         model: a Detectron2 detector with ``backbone`` and, for logits, ``roi_heads``.
         input_format: the channel order it was trained with, "BGR" or "RGB".
-        amp: run it in half precision on CUDA; ignored on the CPU.
+        amp: run it in half precision on CUDA, and on the CPU where the student is run so.
         name: what it is called in logs and errors.
     """
 
@@ -177,8 +177,9 @@ class FrozenTeacher:
     def _running(self):
         device = self.model.pixel_mean.device
         dtype = torch.bfloat16 if _has_bfloat16(device) else torch.float16
-        # A teacher in full precision must not inherit the student's autocast either.
-        enabled = self.amp and device.type == "cuda"
+        # On the CPU few machines have bfloat16: there the teacher follows the student's choice. A
+        # teacher in full precision must not inherit the student's autocast.
+        enabled = self.amp and (device.type == "cuda" or torch.is_autocast_enabled(device.type))
         with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
             yield
 

@@ -47,10 +47,20 @@ def test_bfloat16_trains_with_finite_losses_and_float32_weights(tmp_path, mask_o
         assert torch.isfinite(parameter).all() and torch.isfinite(parameter.grad).all(), name
 
 
-def test_teacher_on_the_cpu_stays_in_float32_beside_a_bfloat16_student(tmp_path):
-    _, context, _ = trained_steps(distilled_cfg(tmp_path, opts=BFLOAT16), steps=1)
-    assert context.teacher.logits.dtype == torch.float32
-    assert {map_.dtype for map_ in context.teacher.features.values()} == {torch.float32}
+@pytest.mark.parametrize(
+    ("opts", "dtype"),
+    [
+        ([], torch.float32),
+        (BFLOAT16, torch.bfloat16),
+        ([*BFLOAT16, "KD.TEACHER.AMP", False], torch.float32),
+    ],
+)
+def test_teacher_on_the_cpu_is_in_bfloat16_beside_a_bfloat16_student_unless_told_otherwise(
+    tmp_path, opts, dtype
+):
+    _, context, _ = trained_steps(distilled_cfg(tmp_path, opts=opts), steps=1)
+    assert context.teacher.logits.dtype == dtype
+    assert {map_.dtype for map_ in context.teacher.features.values()} == {dtype}
 
 
 def test_bfloat16_losses_are_near_those_of_float32(tmp_path):

@@ -13,6 +13,7 @@ from tiny import NUM_CLASSES, tiny_cfg
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.data.synthetic import make_synthetic
 from kd_detectron.engine import study as studies
+from kd_detectron.engine.hooks import read_metrics
 from kd_detectron.errors import ConfigError
 
 STUDIES = sorted(path.name for path in (config_dir() / "studies").glob("*.yaml"))
@@ -103,25 +104,54 @@ def heed_interrupts():
 
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     text = (tmp_path / "run.yaml").read_text()
-    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 100"))
+    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 150"))
     command = [sys.executable, "-m", "kd_detectron.engine.study", str(study_file)]
-    process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_interrupts)
-    log = tmp_path / "out" / "good" / "seed1" / "console.log"
-    metrics = log.with_name("metrics.json")
-    deadline = time.monotonic() + 300
-    while not (metrics.is_file() and metrics.read_text()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 75
     stopped = tmp_path / "out" / "good" / "seed1"
-    assert (stopped / "last_checkpoint").is_file() and not (stopped / "result.json").is_file()
+
+    def steps():
+        return len(read_metrics(str(stopped / "metrics.json")))
+
+    def interrupt(send):
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_interrupts)
+        deadline, before = time.monotonic() + 300, steps()
+        while steps() <= before:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        send(process)
+        assert process.wait(timeout=60) == 75
+        assert (stopped / "last_checkpoint").is_file() and not (stopped / "result.json").is_file()
+
+    # Ctrl-C reaches every process of the terminal, a cluster's SIGTERM the study alone.
+    interrupt(lambda process: os.killpg(process.pid, signal.SIGINT))
+    interrupt(lambda process: process.terminate())
 
     (tmp_path / "study.yaml").write_text(
         study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
     )
     assert studies.main([str(study_file)]) == 0
-    assert json.loads((stopped / "result.json").read_text())["iterations"] == 100
-    assert "Starting training from iteration 0" in log.read_text()
-    starts = log.read_text().split("Starting training from iteration ")[1:]
-    assert len(starts) == 2 and int(starts[1].split()[0]) > 0
+    assert json.loads((stopped / "result.json").read_text())["iterations"] == 150
+    log = (stopped / "console.log").read_text()
+    starts = [int(s.split()[0]) for s in log.split("Starting training from iteration ")[1:]]
+    assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
+
+
+def test_runs_go_side_by_side_and_students_wait_for_their_teacher(tmp_path, study_file, capsys):
+    text = study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
+    study_file.write_text(
+        f"{text}"
+        f"  - name: early\n"
+        f"    config: {tmp_path / 'run.yaml'}\n"
+        f"    opts: &student\n"
+        f"      [MODEL.META_ARCHITECTURE, DistilledRCNN, KD.DISTILLERS, \"['KD']\",\n"
+        f"       KD.TEACHER.CONFIG_FILE, {tmp_path / 'run.yaml'},\n"
+        f"       KD.TEACHER.WEIGHTS, '{{output}}/teacher/model_final.pth']\n"
+        f"  - {{name: teacher, config: {tmp_path / 'run.yaml'}}}\n"
+    )
+    assert studies.main([str(study_file), "--jobs", "2"]) == 0
+    started = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line.split("/out/")[1].split(",")[0] for line in started] == [
+        "good/seed1",
+        "teacher",
+        "early",
+    ]
+    assert len({os.path.getmtime(f) for f in (tmp_path / "out").rglob("result.json")}) == 3
