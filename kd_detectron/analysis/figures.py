@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart also by the colour-blind; black is left for the teacher.
@@ -19,8 +21,20 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | Path | None) -> Figure:
     """Writes a figure to an image file, if one is named, and returns it."""
     if path is not None:
-        # The layout is found step by step: panels of a fixed shape need a second pass, without
-        # which texts at the border are cut off.
-        figure.draw_without_rendering()
+        _lay_out(figure)
         figure.savefig(path)
     return figure
+
+
+def figure_pixels(figure: Figure) -> np.ndarray:
+    """Returns what ``save_figure`` would write: (H, W, 3) uint8, RGB."""
+    _lay_out(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _lay_out(figure: Figure) -> None:
+    # The layout is found step by step: panels of a fixed shape need a second pass, without which
+    # texts at the border are cut off.
+    figure.draw_without_rendering()

@@ -9,7 +9,7 @@ by Detectron2's own test-time mapper, in its own channel order.
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,11 @@ from kd_detectron.config import get_config, load_run_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.taps import box_head_of
-from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
+from kd_detectron.modeling.teacher import build_teacher_model, load_teacher, teacher_config
 
 # What a run leaves, the best first.
 _CHECKPOINTS = ("student_final.pth", "model_final.pth")
+_TEACHER = "teacher "
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,29 @@ class LoadedModel:
         """Returns the detections on one record, in pixels of the image file, on the CPU."""
         with torch.no_grad():
             return self.model([self.inputs(record)])[0]["instances"].to("cpu")
+
+
+@dataclass(frozen=True)
+class RememberedModel(LoadedModel):
+    """What a model found on some records, when the model itself is gone: ``model`` is None.
+
+    Attributes:
+        found: detections and features by the record's file name.
+    """
+
+    found: dict[str, tuple[Instances, dict[str, torch.Tensor]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, loaded: LoadedModel, records: Sequence[dict]) -> "RememberedModel":
+        """Runs a model on the records."""
+        found = {r["file_name"]: (loaded.detect(r), loaded.features(r)) for r in records}
+        return cls(loaded.label, None, loaded.cfg, loaded.ap, found)
+
+    def detect(self, record: dict) -> Instances:
+        return self.found[record["file_name"]][0]
+
+    def features(self, record: dict) -> dict[str, torch.Tensor]:
+        return self.found[record["file_name"]][1]
 
 
 class BoxClassifier(nn.Module):
@@ -168,11 +192,13 @@ def load_teacher_of(run_folder: str | Path, *, label: str = "") -> LoadedModel:
     """
     cfg = load_run_config(run_folder)
     cfg.MODEL.DEVICE = _device(cfg)
-    return _load_as_teacher(cfg, label)
+    return load_teacher_of_config(cfg, label=label)
 
 
 def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
     """Loads a detector by its config: a model-zoo name, a path, or a config of this project.
+
+    The config may be YAML or a LazyConfig (.py), as for ``KD.TEACHER.CONFIG_FILE``.
 
     Args:
         config: the config's name or path.
@@ -185,7 +211,35 @@ def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
     cfg = get_config("baseline_rcnn_r18.yaml")
     cfg.MODEL.DEVICE = _device(cfg)
     cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = config, weights
-    return _load_as_teacher(cfg, label or None)
+    loaded = load_teacher_of_config(cfg, label=label)
+    return loaded if label else replace(loaded, label=loaded.label.removeprefix(_TEACHER))
+
+
+def load_teacher_of_config(cfg: CfgNode, *, label: str = "") -> LoadedModel:
+    """Loads the whole teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``.
+
+    Args:
+        cfg: a whole config.
+        label: what to call it; by default "teacher" and its backbone, or its LazyConfig file.
+
+    Raises:
+        ConfigError: its config or checkpoint is not found, or they do not fit.
+    """
+    file = cfg.KD.TEACHER.CONFIG_FILE
+    if file.endswith(".py"):
+        model, input_format = load_teacher(cfg)
+        # All that is read of it is how images are to be read; the test sizes are the student's.
+        teacher_cfg = cfg.clone()
+        teacher_cfg.defrost()
+        teacher_cfg.INPUT.FORMAT = input_format
+        teacher_cfg.MODEL.META_ARCHITECTURE = type(model).__name__
+        name, weights = Path(file).stem, cfg.KD.TEACHER.WEIGHTS
+    else:
+        teacher_cfg = teacher_config(cfg)
+        model = build_teacher_model(teacher_cfg)
+        name, weights = backbone_name(teacher_cfg), teacher_cfg.MODEL.WEIGHTS
+    label = label or f"{_TEACHER}{name}"
+    return LoadedModel(label, model.eval(), teacher_cfg, _ap_of_checkpoint(weights))
 
 
 def load_models(
@@ -225,8 +279,19 @@ def load_models(
     pairs = zip(run_folders, labels, strict=True)
     students = [load_student(folder, label=label) for folder, label in pairs]
     for model in models:
-        _see_the_size_of(model.cfg, students[-1].cfg)
+        see_the_size_of(model, students[-1].cfg)
     return models + students
+
+
+def see_the_size_of(model: LoadedModel, other: CfgNode) -> None:
+    """Makes a model read images at the test size of another's config, so that the two compare.
+
+    A model that pads images to a square (ViTDet) reads larger ones at the size of its square.
+    """
+    square = model.model.backbone.padding_constraints.get("square_size", 0)
+    largest = other.INPUT.MAX_SIZE_TEST
+    model.cfg.INPUT.MIN_SIZE_TEST = other.INPUT.MIN_SIZE_TEST
+    model.cfg.INPUT.MAX_SIZE_TEST = min(largest, square) if square else largest
 
 
 def dataset_records(cfg: CfgNode, name: str = "") -> tuple[list[dict], list[str]]:
@@ -294,20 +359,6 @@ def check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:
 def read_rgb(record: dict):
     """Reads a record's image file: (H, W, 3) uint8, RGB."""
     return read_image(record["file_name"], format="RGB")
-
-
-def _see_the_size_of(cfg: CfgNode, other: CfgNode) -> None:
-    """Makes one model read images at the size of another, so that they compare."""
-    cfg.INPUT.MIN_SIZE_TEST = other.INPUT.MIN_SIZE_TEST
-    cfg.INPUT.MAX_SIZE_TEST = other.INPUT.MAX_SIZE_TEST
-
-
-def _load_as_teacher(cfg: CfgNode, label: str | None) -> LoadedModel:
-    teacher_cfg = teacher_config(cfg)
-    model = build_teacher_model(teacher_cfg).eval()
-    name = backbone_name(teacher_cfg)
-    label = label or (name if label is None else f"teacher {name}")
-    return LoadedModel(label, model, teacher_cfg, _ap_of_checkpoint(teacher_cfg.MODEL.WEIGHTS))
 
 
 def _build(cfg: CfgNode, weights: str) -> nn.Module:

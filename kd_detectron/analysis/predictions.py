@@ -7,12 +7,13 @@ panels differ only where the detections do. Drawn by Detectron2's ``Visualizer``
 
 import colorsys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import Visualizer
+from detectron2.utils.visualizer import GenericMask, Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -86,6 +87,9 @@ def draw_predictions(
     for record in records:
         panels = [ground_truth(record)]
         panels += [detections(model.detect(record), score_threshold) for model in models]
+        if all(objects.masks is None for objects in panels[1:]):
+            # Masks that no model could give would only hide the image.
+            panels[0] = replace(panels[0], masks=None)
         rows.append((record, read_rgb(record), panels))
 
     used = sorted({c for _, _, panels in rows for objects in panels for c in objects.classes})
@@ -148,14 +152,24 @@ def draw_objects(image: np.ndarray, objects: Objects, colours: Mapping[int, tupl
     Returns:
         The drawn image, RGB, enlarged or reduced to a width that suits a panel.
     """
-    visualizer = Visualizer(image, scale=_PANEL_PIXELS / image.shape[1], font_size_scale=1.5)
-    labels = None
+    height, width = image.shape[:2]
+    scale = _PANEL_PIXELS / width
+    size = (_PANEL_PIXELS, round(height * scale))
+    # Enlarged before it is drawn on: Visualizer's lines and letters fit the image that it is given.
+    enlarged = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    visualizer = Visualizer(enlarged, font_size_scale=2.5)
+    labels, masks = None, None
     if objects.scores is not None:
         labels = [f"{100 * score:.0f}" for score in objects.scores]
+    if objects.masks is not None:
+        masks = [
+            cv2.resize(GenericMask(mask, height, width).mask, size, interpolation=cv2.INTER_NEAREST)
+            for mask in objects.masks
+        ]
     visualizer.overlay_instances(
-        boxes=objects.boxes,
+        boxes=objects.boxes * scale,
         labels=labels,
-        masks=objects.masks,
+        masks=masks,
         assigned_colors=[colours[c] for c in objects.classes],
         alpha=0.4,
     )

@@ -1,13 +1,17 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from kd_detectron.analysis.models import (
+    LoadedModel,
     choose_records,
     dataset_records,
     find_records,
     load_detector,
     load_student,
     load_teacher_of,
+    see_the_size_of,
 )
 from kd_detectron.errors import ConfigError
 
@@ -58,6 +62,15 @@ def test_image_is_read_in_the_models_channel_order(write_trained_run):
     records, _ = dataset_records(bgr.cfg)
     image = rgb.inputs(records[0])["image"]
     assert torch.equal(bgr.inputs(records[0])["image"], image.flip(0))
+
+
+def test_image_larger_than_the_square_that_a_model_pads_to_is_made_smaller(write_trained_run):
+    student = load_student(write_trained_run("run", opts=["INPUT.MAX_SIZE_TEST", 128]))
+    for square, expected in ((0, 128), (256, 128), (96, 96)):
+        backbone = SimpleNamespace(padding_constraints={"square_size": square})
+        vitdet = LoadedModel("ViTDet", SimpleNamespace(backbone=backbone), student.cfg.clone())
+        see_the_size_of(vitdet, student.cfg)
+        assert vitdet.cfg.INPUT.MAX_SIZE_TEST == expected
 
 
 def test_run_without_checkpoint_gets_one_sentence(write_run):

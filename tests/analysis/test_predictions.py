@@ -42,6 +42,21 @@ def test_masks_are_drawn(write_trained_run):
     assert len(draw_predictions([model], records[:1], names, score_threshold=0.0).axes) == 2
 
 
+def test_ground_truth_has_masks_only_beside_a_model_that_has(models, write_trained_run):
+    records, names = dataset_records(models[0].cfg)
+    with_masks = load_student(write_trained_run("mask", mask=True))
+
+    def inside_of_the_object(shown):
+        axes = draw_predictions(shown, records[:1], names).axes[0]
+        pixels = np.asarray(axes.images[0].get_array())
+        # A white rectangle at 6, 8 of 24 x 20 in an image of 48 x 64.
+        row, column = (np.array([18, 18]) * pixels.shape[1] / 64).astype(int)
+        return pixels[row, column].tolist()
+
+    assert inside_of_the_object(models) == [230, 230, 230]
+    assert inside_of_the_object([with_masks]) != [230, 230, 230]
+
+
 def test_score_threshold_holds_for_every_model(models):
     records, _ = dataset_records(models[0].cfg)
     found = models[0].detect(records[0])
