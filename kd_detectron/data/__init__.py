@@ -2,13 +2,18 @@
 
 from kd_detectron.data.checks import DatasetSummary, check_coco_files, check_datasets
 from kd_detectron.data.coco_format import register_coco_format
-from kd_detectron.data.loader import ResumableLoader, build_train_loader
+from kd_detectron.data.loader import (
+    ResumableLoader,
+    build_lazy_train_loader,
+    build_train_loader,
+)
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 
 __all__ = [
     "DatasetSummary",
     "ResumableLoader",
     "SYNTHETIC_CLASSES",
+    "build_lazy_train_loader",
     "build_train_loader",
     "check_coco_files",
     "check_datasets",

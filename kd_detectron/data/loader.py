@@ -16,14 +16,19 @@ An element that cannot be used is replaced by a choice that also depends on (see
 
 import logging
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, get_detection_dataset_dicts
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import (
+    DatasetFromList,
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.data.samplers import (
@@ -31,7 +36,9 @@ from detectron2.data.samplers import (
     TrainingSampler,
 )
 from detectron2.utils import comm
+from detectron2.utils.registry import locate
 from detectron2.utils.serialize import PicklableWrapper
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_detectron.errors import ConfigError, CorruptImageError, did_you_mean
@@ -54,13 +61,7 @@ def build_train_loader(
         ConfigError: the batch cannot be divided among the processes, no image is usable, or the
             sampler is unknown.
     """
-    world_size = comm.get_world_size()
-    total = cfg.SOLVER.IMS_PER_BATCH
-    if total < 1 or total % world_size:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple of"
-            f" {world_size}, e.g. {max(1, round(total / world_size)) * world_size}"
-        )
+    batch_size = _share_of_batch(cfg.SOLVER.IMS_PER_BATCH)
     try:
         dataset_dicts = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,
@@ -78,13 +79,80 @@ def build_train_loader(
         dataset_dicts,
         mapper if mapper is not None else DatasetMapper(cfg, is_train=True),
         make_sampler=_sampler_factory(cfg, dataset_dicts),
-        batch_size=total // world_size,
+        batch_size=batch_size,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_corrupt_images=cfg.DATALOADER.MAX_CORRUPT_IMAGES,
         image_format=cfg.INPUT.FORMAT,
     )
+
+
+def build_lazy_train_loader(
+    node: DictConfig, *, seed: int, max_corrupt_images: int = 0
+) -> "ResumableLoader | None":
+    """Builds the training loader that a LazyConfig's ``dataloader.train`` describes.
+
+    Args:
+        node: a call of Detectron2's ``build_detection_train_loader``, with its default sampler or
+            one of those that :func:`build_train_loader` knows.
+        seed: the run's seed, not negative.
+        max_corrupt_images: as ``DATALOADER.MAX_CORRUPT_IMAGES``.
+
+    Returns:
+        The loader; None for any other loader, whose batches this project cannot foresee.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the processes.
+    """
+    known = ("_target_", "dataset", "mapper", "sampler", "total_batch_size", "num_workers")
+    sampler = node.get("sampler")
+    if (
+        not _calls(node, build_detection_train_loader)
+        or set(node) - {*known, "aspect_ratio_grouping"}
+        or not (sampler is None or _calls(sampler, TrainingSampler, RepeatFactorTrainingSampler))
+    ):
+        return None
+    batch_size = _share_of_batch(node.total_batch_size)
+    dataset_dicts = instantiate(node.dataset)
+    if not isinstance(dataset_dicts, list):
+        return None
+    mapper = instantiate(node.mapper)
+
+    def make_sampler(seed: int) -> Sampler:
+        if sampler is None:
+            return TrainingSampler(len(dataset_dicts), seed=seed)
+        sampler.seed = seed
+        return instantiate(sampler)
+
+    return ResumableLoader(
+        dataset_dicts,
+        mapper,
+        make_sampler=make_sampler,
+        batch_size=batch_size,
+        seed=seed,
+        group_by_aspect_ratio=node.get("aspect_ratio_grouping", True),
+        num_workers=node.get("num_workers", 0),
+        max_corrupt_images=max_corrupt_images,
+        image_format=getattr(mapper, "image_format", "BGR"),
+    )
+
+
+def _calls(node, *targets: Callable) -> bool:
+    """Whether a LazyConfig's node is a call of one of these, given as object or by name."""
+    target = node.get("_target_") if isinstance(node, Mapping) else None
+    return (locate(target) if isinstance(target, str) else target) in targets
+
+
+def _share_of_batch(total: int) -> int:
+    """Images of a batch on this process, of ``total`` on all."""
+    world_size = comm.get_world_size()
+    if total < 1 or total % world_size:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple of"
+            f" {world_size}, e.g. {max(1, round(total / world_size)) * world_size}"
+        )
+    return total // world_size
 
 
 class ResumableLoader:

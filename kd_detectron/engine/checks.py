@@ -9,20 +9,21 @@
 - :func:`check_same_run`: ``--resume`` into the folder of another run; where the shapes happen to
   fit, one run would go on as a mixture of both.
 
-Called by ``tools/train_net.py`` before training and by ``--check``. Tests:
+Called by the training commands before the first step and by ``--check``. Tests:
 ``tests/engine/test_checks.py``.
 """
 
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import yaml
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from kd_detectron.data.checks import DatasetSummary
 from kd_detectron.data.coco_format import resolve_path
@@ -44,6 +45,11 @@ STD_TOLERANCE = 0.25
 # Keys whose change makes another run of it; of these, what a resumed run may change.
 IDENTITY = ("MODEL.", "KD.", "DATASETS.TRAIN")
 MAY_CHANGE = ("MODEL.DEVICE", "MODEL.WEIGHTS", "KD.SCHEDULE.", "KD.TEACHER.AMP")
+LAZY_IDENTITY = ("model.", "dataloader.train.dataset")
+LAZY_MAY_CHANGE = (
+    *("model.vis_period", "model.distillation_weights", "model.teacher.amp"),
+    "model.teacher.device",
+)
 
 
 # ---- meta-architecture ----
@@ -149,11 +155,12 @@ def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 3) for value in values]
 
 
-def warn_of_pixel_statistics(model) -> list[str]:
+def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
     """Logs where student or teacher normalise by statistics that cannot be their images'.
 
     Args:
         model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
+        wording: turns a warning into the words of the user's config.
 
     Returns:
         The warnings.
@@ -180,7 +187,7 @@ def warn_of_pixel_statistics(model) -> list[str]:
                 std_key="its MODEL.PIXEL_STD",
             )
         )
-    warnings = [warning for warning in found if warning]
+    warnings = [wording(warning) for warning in found if warning]
     for warning in warnings:
         logger.warning("%s", warning)
     return warnings
@@ -292,26 +299,86 @@ def check_same_run(cfg: CfgNode) -> list[str]:
     Raises:
         ConfigError: a key differs that makes it another run.
     """
-    path = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    before = _config_of_run(cfg.OUTPUT_DIR)
+    now = dict(_leaves(yaml.safe_load(cfg.dump())))
+    changed = {key for key in before.keys() & now.keys() if before[key] != now[key]}
+    return _judge(cfg.OUTPUT_DIR, before, now, changed, _makes_another_run)
+
+
+def check_same_lazy_run(cfg: DictConfig) -> list[str]:
+    """As :func:`check_same_run`, for a run from a LazyConfig in ``train.output_dir``.
+
+    What may not change is ``model`` and ``dataloader.train.dataset``; of these may the weights of
+    distillers, and where and in which precision the teacher runs. Here a key that only one of the
+    two has is a change: a LazyConfig has no keys but its own.
+    """
+    before = _config_of_run(cfg.train.output_dir)
+    with tempfile.TemporaryDirectory() as folder:
+        LazyConfig.save(cfg, os.path.join(folder, "config.yaml"))
+        now = _config_of_run(folder)
+    keys = before.keys() | now.keys() if before else set()
+    changed = {key for key in keys if before.get(key, ABSENT) != now.get(key, ABSENT)}
+    return _judge(cfg.train.output_dir, before, now, changed, _makes_another_lazy_run)
+
+
+def _config_of_run(output_dir: str) -> dict[str, object]:
+    """The values in ``config.yaml`` by their keys; nothing where it is missing or cut short."""
+    path = os.path.join(output_dir, "config.yaml")
     if not os.path.isfile(path):
-        return []
+        return {}
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
-        before = dict(_leaves(yaml.safe_load(text)))
+        config = dict(_leaves(yaml.load(text, _PlainLoader)))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         text = ""
     if not text.endswith("\n"):  # Detectron2 was killed while it wrote the file.
         logger.warning("%s cannot be read; nothing to compare this config with", path)
-        return []
+        return {}
+    return config
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Reads the Python objects in a saved LazyConfig as the text that they are written as."""
+
+
+def _as_text(loader: yaml.Loader, tag: str, node: yaml.Node) -> list:
+    return [tag, yaml.serialize(node)]
+
+
+_PlainLoader.add_multi_constructor("tag:yaml.org,2002:python/", _as_text)
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "absent"
+
+
+ABSENT = _Absent()
+
+
+def _judge(
+    output_dir: str,
+    before: Mapping[str, object],
+    now: Mapping[str, object],
+    changed: Iterable[str],
+    makes_another_run: Callable[[str], bool],
+) -> list[str]:
+    """Refuses changes that make another run; logs and returns the others."""
+    path = os.path.join(output_dir, "config.yaml")
+    if before and not before.keys() & now.keys():
+        raise ConfigError(
+            f"--resume: OUTPUT_DIR '{output_dir}' holds a run of the other kind of config, YAML or "
+            "LazyConfig; resume it with the command and the config that it was started with"
+        )
     refused, allowed = [], []
-    for key, value in _leaves(yaml.safe_load(cfg.dump())):
-        if key in before and before[key] != value:
-            phrase = f"{key} was {before[key]!r} and is {value!r}"
-            (refused if _makes_another_run(key) else allowed).append(phrase)
+    for key in sorted(changed):
+        was, value = before.get(key, ABSENT), now.get(key, ABSENT)
+        phrase = f"{key} was {was!r} and is {value!r}"
+        (refused if makes_another_run(key) else allowed).append(phrase)
     if refused:
         raise ConfigError(
-            f"--resume: OUTPUT_DIR '{cfg.OUTPUT_DIR}' holds another run: {'; '.join(refused)}. Set "
+            f"--resume: OUTPUT_DIR '{output_dir}' holds another run: {'; '.join(refused)}. Set "
             "them back to go on with it, or give another OUTPUT_DIR (and MODEL.WEIGHTS its "
             f"checkpoint, to start from its weights); if the change is meant, remove {path}"
         )
@@ -324,6 +391,10 @@ def _makes_another_run(key: str) -> bool:
     if key.startswith(MAY_CHANGE) or (key.startswith("KD.") and key.endswith(".WEIGHT")):
         return False
     return key.startswith(IDENTITY)
+
+
+def _makes_another_lazy_run(key: str) -> bool:
+    return key.startswith(LAZY_IDENTITY) and not key.startswith(LAZY_MAY_CHANGE)
 
 
 def _leaves(node: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:

@@ -201,6 +201,7 @@ class WriteResult(HookBase):
             self._path,
             self._facts
             | {
+                "seed": self.trainer.seed,  # of a resumed run, that of its checkpoint
                 "results": without_nan(results),
                 "iterations": self.trainer.max_iter,
                 "seconds": round(self._elapsed(), 1),

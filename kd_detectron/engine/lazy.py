@@ -3,37 +3,107 @@
 The file defines what Detectron2's own LazyConfigs define: ``model``, ``dataloader``, ``optimizer``,
 ``lr_multiplier``, ``train``. Its model is a distilled meta-architecture with ``teacher`` and
 ``distillers`` as explicit arguments (``configs/lazy/ckd_reviewkd_rcnn_r101_r18.py``); a plain
-detector trains as well. An optional ``distillation_schedule`` has the keys of ``KD.SCHEDULE``.
+detector trains as well. Optional are ``distillation_schedule``, with the keys of ``KD.SCHEDULE``,
+``train.seed`` and ``train.max_corrupt_images`` (``SEED`` and ``DATALOADER.MAX_CORRUPT_IMAGES``).
 
-Against ``tools/train_net.py`` there are no dataset checks, no ``result.json``, and a resumed run
-draws its batches anew. Test: ``tests/engine/test_lazy.py``.
+Checks, train loop, hooks and loader are those of ``tools/train_net.py``. The checks are written
+for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and what they say is
+said in the LazyConfig's keys (:func:`in_lazy_words`). A ``dataloader.train`` that is no call of
+Detectron2's ``build_detection_train_loader`` is used as it is; its batches are drawn anew over a
+resume. Test: ``tests/engine/test_lazy.py``.
 """
 
+import contextlib
 import logging
 import os
+import re
+from collections.abc import Iterator
 
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
 from detectron2.engine import default_argument_parser, default_setup, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.config import find_config
-from kd_detectron.errors import ConfigError
+from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
+from kd_detectron.config import add_kd_config, find_config
+from kd_detectron.data import ResumableLoader, build_lazy_train_loader
+from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
 from kd_detectron.modeling.build import check_fits
 from kd_detectron.modeling.teacher import model_spec
 
-from .hooks import DistillationSchedule, StopOnSignal, TeacherGuard
-from .main import start
+from .checks import check_same_lazy_run, warn_of_pixel_statistics
+from .hooks import (
+    DistillationSchedule,
+    LossHistory,
+    StepSeed,
+    StopOnSignal,
+    TeacherGuard,
+    WriteResult,
+)
+from .main import check_data, check_output_dir, keep_run_config, start
 from .train_loop import DistillationTrainLoop
-from .trainer import distribute, unwrap
+from .trainer import distribute, forget_metrics_from, run_facts, shared_random_seed, unwrap
 
 logger = logging.getLogger("kd_detectron")
+
+PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
+
+# What errors and warnings say of a YAML config, and how it is said of a LazyConfig. A teacher's own
+# config has its own keys.
+_LAZY_WORDS = {
+    "INPUT.FORMAT of KD.TEACHER.CONFIG_FILE": "INPUT.FORMAT of model.teacher.config_file",
+    "its MODEL.PIXEL_MEAN": "its MODEL.PIXEL_MEAN",
+    "its MODEL.PIXEL_STD": "its MODEL.PIXEL_STD",
+    "MODEL.MASK_ON is True": "model.roi_heads has a mask_head",
+    "set MODEL.MASK_ON to False": "take mask_head and mask_in_features out of model.roi_heads",
+    "MODEL.KEYPOINT_ON is True": "model.roi_heads has a keypoint_head",
+    "set MODEL.KEYPOINT_ON to False": (
+        "take keypoint_head and keypoint_in_features out of model.roi_heads"
+    ),
+    "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
+    "DATALOADER.MAX_CORRUPT_IMAGES": "train.max_corrupt_images",
+    "DATASETS.TEST": "dataloader.test.dataset.names",
+    "DATASETS.TRAIN": "dataloader.train.dataset.names",
+    "INPUT.FORMAT": "model.input_format",
+    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
+    "KD.DISTILLERS": "model.distillers",
+    "KD.SCHEDULE": "distillation_schedule",
+    "KD.TEACHER.CONFIG_FILE": "model.teacher.config_file",
+    "KD.TEACHER.OPTS": "model.teacher.opts",
+    "KD.TEACHER.WEIGHTS": "model.teacher.weights",
+    "MODEL.PIXEL_MEAN": "model.pixel_mean",
+    "MODEL.PIXEL_STD": "model.pixel_std",
+    "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
+    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": "model.roi_heads.keypoint_head.num_keypoints",
+    "MODEL.WEIGHTS": "train.init_checkpoint",
+    "OUTPUT_DIR": "train.output_dir",
+    "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
+    "TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas",
+}
+# The longest first: phrases before the keys in them.
+_YAML_WORDS = re.compile("|".join(map(re.escape, sorted(_LAZY_WORDS, key=len, reverse=True))))
+
+
+class LazyTrainLoop(DistillationTrainLoop):
+    """The train loop with the run's seed, which checkpoints keep."""
+
+    def __init__(self, *args, seed: int, **options):
+        super().__init__(*args, **options)
+        self.seed = seed
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self.seed = state_dict.get("seed", self.seed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,23 +115,65 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args) -> None:
     """One process of the command."""
-    cfg = LazyConfig.load(find_config(args.config_file))
-    LazyConfig.apply_overrides(cfg, args.opts)
+    cfg = read_config(args.config_file, args.opts)
     if not torch.cuda.is_available() and cfg.train.device == "cuda":
         cfg.train.device = "cpu"
         print("train.device is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
     if args.eval_only:
         plain(cfg.model)
-    setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_detectron")
-    default_setup(cfg, args)
-    model = build(cfg)
-    if args.eval_only:
-        DistillationCheckpointer(
-            model, cfg.train.output_dir, weights_key="train.init_checkpoint"
-        ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-        evaluate(cfg, model)
-    else:
-        train(cfg, model, resume=args.resume)
+    with errors_in_lazy_words():
+        seen = as_yaml(cfg)
+        check_output_dir(seen, resume=args.resume, training=not args.eval_only)
+        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_detectron")
+        if args.resume and not args.eval_only and comm.is_main_process():
+            check_same_lazy_run(cfg)
+        with keep_run_config(seen) if args.eval_only else contextlib.nullcontext():
+            default_setup(cfg, args)
+        model = build(cfg)
+        describe_model(seen, model)
+        if seen.DATASETS.TEST if args.eval_only else seen.DATASETS.TRAIN:
+            check_data(seen, train=not args.eval_only)
+        else:
+            logger.warning("no dataset is named in dataloader: its files are not checked")
+        if args.eval_only:
+            DistillationCheckpointer(
+                model, cfg.train.output_dir, weights_key="train.init_checkpoint"
+            ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+            evaluate(cfg, model)
+        else:
+            train(cfg, model, seen, resume=args.resume)
+
+
+def read_config(name: str, opts: list[str]) -> DictConfig:
+    """Reads a LazyConfig by path or bare name, with ``key=value`` overrides.
+
+    Raises:
+        ConfigError: it is not found, cannot be run, lacks a part, or an override fits nothing in
+            it.
+    """
+    path = find_config(name)
+    try:
+        cfg = LazyConfig.load(path)
+    except Exception as error:  # Any Python error: the file is a program.
+        raise ConfigError(
+            f"--config-file '{path}' cannot be read ({type(error).__name__}: {error})"
+        ) from error
+    missing = [part for part in PARTS if part not in cfg]
+    if missing:
+        raise ConfigError(
+            f"--config-file '{path}' defines no '{missing[0]}'; a LazyConfig defines "
+            f"{', '.join(PARTS)} (YAML configs are for tools/train_net.py)"
+        )
+    for opt in opts:
+        key, equals, _ = opt.lstrip("+").partition("=")  # hydra's sign of a new key
+        if not equals:
+            raise ConfigError(f"the command line gives '{opt}'; overrides are written key=value")
+        # A new leaf is an argument that the file leaves at its default; a new node is a typo.
+        node = key.rpartition(".")[0]
+        if (key not in cfg) if not node else (OmegaConf.select(cfg, node) is None):
+            near = did_you_mean(key.partition(".")[0], cfg)
+            raise ConfigError(f"the command line sets {key}, but there is no '{node or key}'{near}")
+    return LazyConfig.apply_overrides(cfg, opts)
 
 
 def plain(model_cfg: DictConfig) -> None:
@@ -74,29 +186,109 @@ def build(cfg: DictConfig) -> nn.Module:
     """Instantiates ``cfg.model`` on ``train.device``.
 
     Raises:
-        ConfigError: a distiller does not fit student and teacher.
+        ConfigError: a distiller does not fit student and teacher, or the images are read in
+            another channel order than the model takes.
     """
     model = instantiate(cfg.model).to(torch.device(cfg.train.device))
     for name, distiller in getattr(model, "distillers", {}).items():
         check_fits(name, distiller.requires, model, model_spec(model), model.teacher)
+    order = getattr(model, "input_format", None)
+    for part in ("train", "test"):
+        read = OmegaConf.select(cfg, f"dataloader.{part}.mapper.image_format")
+        if order is not None and read not in (None, order):
+            raise ConfigError(
+                f"dataloader.{part}.mapper.image_format is {read} but model.input_format is "
+                f"{order}; set both to the order of model.pixel_mean"
+            )
     return model
 
 
-def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
-    """Trains a model, evaluates it every ``train.eval_period`` and writes the student alone."""
+def as_yaml(cfg: DictConfig) -> CfgNode:
+    """A YAML config that says of folder, data, keypoints and teacher what a LazyConfig says.
+
+    Only for checks: :func:`describe_model` adds what they ask of the model.
+    """
+    seen = get_cfg()
+    add_kd_config(seen)
+    seen.OUTPUT_DIR = cfg.train.output_dir
+    seen.DATASETS.TRAIN = _dataset_names(cfg, "train")
+    seen.DATASETS.TEST = _dataset_names(cfg, "test")
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
+    seen.INPUT.MASK_FORMAT = mapper.get("instance_mask_format", "polygon")
+    keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
+    seen.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = keypoints or 17
+    sigmas = OmegaConf.select(cfg, "dataloader.evaluator.kpt_oks_sigmas")
+    seen.TEST.KEYPOINT_OKS_SIGMAS = list(sigmas or ())
+    teacher = cfg.model.get("teacher") or {}
+    seen.KD.TEACHER.CONFIG_FILE = teacher.get("config_file", "")
+    seen.KD.TEACHER.WEIGHTS = teacher.get("weights", "")
+    seen.KD.TEACHER.OPTS = list(teacher.get("opts", ()))
+    return seen
+
+
+def _dataset_names(cfg: DictConfig, part: str) -> tuple[str, ...]:
+    names = OmegaConf.select(cfg, f"dataloader.{part}.dataset.names") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def describe_model(seen: CfgNode, model: nn.Module) -> None:
+    """Adds to :func:`as_yaml` what a built model is, in place."""
+    heads = getattr(model, "roi_heads", None)
+    seen.MODEL.META_ARCHITECTURE = type(model).__name__
+    seen.MODEL.MASK_ON = getattr(heads, "mask_head", None) is not None
+    seen.MODEL.KEYPOINT_ON = getattr(heads, "keypoint_head", None) is not None
+    num_classes = model_spec(model).num_classes
+    if num_classes is not None:
+        seen.MODEL.ROI_HEADS.NUM_CLASSES = seen.MODEL.RETINANET.NUM_CLASSES = num_classes
+    # Without its config's name a teacher's classes are not known.
+    if seen.KD.TEACHER.CONFIG_FILE:
+        seen.KD.DISTILLERS = list(getattr(model, "distillers", {}))
+
+
+def in_lazy_words(text: str) -> str:
+    """What is said of a YAML config's keys, said of a LazyConfig's."""
+    return _YAML_WORDS.sub(lambda match: _LAZY_WORDS[match[0]], text)
+
+
+@contextlib.contextmanager
+def errors_in_lazy_words() -> Iterator[None]:
+    """Errors for the user are raised again in a LazyConfig's keys."""
+    try:
+        yield
+    except (ConfigError, CorruptImageError, NonFiniteLossError) as error:
+        raise type(error)(in_lazy_words(str(error))) from error
+
+
+def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> None:
+    """Trains a model, evaluates it every ``train.eval_period`` and writes the student alone.
+
+    Args:
+        cfg: the LazyConfig.
+        model: built from it.
+        seen: the LazyConfig as :func:`as_yaml` and :func:`describe_model` show it.
+        resume: go on with the run in ``train.output_dir``, batches and random state included.
+    """
     output_dir = cfg.train.output_dir
     if cfg.train.amp.enabled and cfg.train.device == "cpu":
         raise ConfigError("train.amp.enabled is True but train.device is 'cpu'; set it to False")
+    warn_of_pixel_statistics(model, in_lazy_words)
+    seed = cfg.train.get("seed", -1)
+    seed = seed if seed >= 0 else shared_random_seed()
+    loader = build_lazy_train_loader(
+        cfg.dataloader.train, seed=seed, max_corrupt_images=cfg.train.get("max_corrupt_images", 0)
+    )
     cfg.optimizer.params.model = model
-    trainer = DistillationTrainLoop(
+    trainer = LazyTrainLoop(
         distribute(model),
-        instantiate(cfg.dataloader.train),
+        instantiate(cfg.dataloader.train) if loader is None else loader,
         instantiate(cfg.optimizer),
+        seed=seed,
         amp_dtype=torch.float16 if cfg.train.amp.enabled else None,
     )
     checkpointer = DistillationCheckpointer(
         model, output_dir, weights_key="train.init_checkpoint", trainer=trainer
     )
+    step_seed = StepSeed(seed)
     own = []
     if getattr(model, "teacher", None) is not None:
         own.append(TeacherGuard(model.teacher))
@@ -110,13 +302,21 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         ),
     ]
     main_only = main_only if comm.is_main_process() else []
+
+    def evaluate_now() -> dict:
+        trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
+        return trainer._last_eval_results
+
     trainer.register_hooks(
         [
+            step_seed,
             *own,
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             *main_only[:1],
-            hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(cfg, model)),
+            hooks.EvalHook(cfg.train.eval_period, evaluate_now),
+            LossHistory(),
+            WriteResult(output_dir, run_facts(seen, model, seed)),
             # The writer comes last, to write also what the evaluation found.
             *main_only[1:],
             StopOnSignal(checkpointer),
@@ -124,12 +324,22 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
     first = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
+    step_seed.seed = trainer.seed
+    if isinstance(loader, ResumableLoader):
+        loader.seek(trainer.seed, first)
+    elif first:
+        logger.warning(
+            "dataloader.train is no call of build_detection_train_loader that can be continued: "
+            "the resumed run draws its batches anew"
+        )
+    forget_metrics_from(output_dir, first)
     trainer.train(first, cfg.train.max_iter)
     if comm.is_main_process():
         path = os.path.join(output_dir, "student_final.pth")
         state = unwrap(model).state_dict()
         student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
-        torch.save({"model": student}, path)
+        with atomic_open(path, "wb") as file:
+            torch.save({"model": student}, file)
         logger.info("The student alone, for plain Detectron2: %s", path)
 
 

@@ -7,10 +7,17 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetMapper
+from detectron2.config import LazyCall as L
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+    samplers,
+)
+from detectron2.data import transforms as T
 from detectron2.utils import comm
 
-from kd_detectron.data import build_train_loader, register_coco_format
+from kd_detectron.data import build_lazy_train_loader, build_train_loader, register_coco_format
 from kd_detectron.errors import ConfigError, CorruptImageError
 
 
@@ -182,6 +189,58 @@ def test_repeat_factor_sampler_is_resumable(build, make_coco):
     resumed = build(content, **options)
     resumed.seek(7, 15)
     assert_same(whole[15:], batches(resumed, 5))
+
+
+def lazy_loader(**options):
+    """``dataloader.train`` of a LazyConfig that says what the fixtures' YAML config says."""
+    augmentations = [
+        L(T.ResizeShortestEdge)(
+            short_edge_length=(16, 20, 24), max_size=1333, sample_style="choice"
+        ),
+        L(T.RandomFlip)(),
+    ]
+    arguments = {
+        "dataset": L(get_detection_dataset_dicts)(names="tiny"),
+        "mapper": L(DatasetMapper)(is_train=True, augmentations=augmentations, image_format="BGR"),
+        "total_batch_size": 2,
+    }
+    return L(build_detection_train_loader)(**arguments | options)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_loader_of_a_lazy_config_gives_the_batches_of_its_yaml_twin(build, by_name):
+    expected = batches(build(), 8)
+    node = lazy_loader()
+    if by_name:  # as in the config.yaml of a run
+        node._target_ = "detectron2.data.build_detection_train_loader"
+    loader = build_lazy_train_loader(node, seed=7)
+    assert_same(expected, batches(loader, 8))
+    loader.seek(7, 5)
+    assert_same(expected[5:], batches(loader, 3))
+
+
+def test_sampler_of_a_lazy_config_is_seeded_by_the_run(build):
+    build()
+    sampler = L(samplers.RepeatFactorTrainingSampler)(repeat_factors=torch.ones(6))
+    loader = build_lazy_train_loader(lazy_loader(sampler=sampler), seed=7)
+    whole = batches(loader, 8)
+    loader.seek(7, 5)
+    assert_same(whole[5:], batches(loader, 3))
+    loader.seek(8, 0)
+    assert list(map(names, batches(loader, 8))) != list(map(names, whole))
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        L(list)(),
+        lazy_loader(sampler=L(samplers.InferenceSampler)(size=6)),
+        lazy_loader(collate_fn=list),
+        lazy_loader(dataset=L(tuple)()),
+    ],
+)
+def test_loader_that_cannot_be_foreseen_is_left_to_the_lazy_config(node):
+    assert build_lazy_train_loader(node, seed=7) is None
 
 
 def test_unknown_sampler_is_refused(build):

@@ -1,4 +1,8 @@
-"""LazyConfig students: the example is its YAML twin, trains, resumes, and evaluates alone."""
+"""LazyConfig students: the example is its YAML twin, trains, resumes, and evaluates alone.
+
+Its checks are those of the YAML command; here, that they are made, and said in the LazyConfig's
+keys.
+"""
 
 import json
 import os
@@ -6,12 +10,15 @@ import os
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
-from tiny import write_tiny_teacher
+from tiny import distilled_cfg, write_tiny_teacher
 
 from kd_detectron import get_config
 from kd_detectron.config import config_dir
-from kd_detectron.engine.lazy import build, main, plain
+from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.engine.lazy import LazyTrainLoop, build, main, plain
+from kd_detectron.errors import ConfigError
 
 EXAMPLE = config_dir() / "lazy" / "ckd_reviewkd_rcnn_r101_r18.py"
 
@@ -46,6 +53,29 @@ distillation_schedule = dict(WARMUP_ITERS=1, DECAY="none", STOP_ITER=0)
 """
 
 
+# Images of a registered dataset instead, as a user's own file has them; the classes are theirs.
+DATA = """
+import detectron2.data.transforms as T
+from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+from detectron2.data import get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+
+if "lazy_shapes" not in DatasetCatalog:
+    register_coco_instances("lazy_shapes", {{}}, {json_file!r}, {images!r})
+dataloader = dict(
+    train=L(build_detection_train_loader)(
+        dataset=L(get_detection_dataset_dicts)(names="lazy_shapes"),
+        mapper=L(DatasetMapper)(
+            is_train=True, augmentations=[L(T.RandomFlip)()], image_format="RGB"
+        ),
+        total_batch_size=2,
+    )
+)
+model.roi_heads.num_classes = {classes}
+model.teacher.opts = ["MODEL.ROI_HEADS.NUM_CLASSES", {classes}]
+"""
+
+
 @pytest.fixture
 def config(tmp_path):
     """Writes the tiny LazyConfig; returns its path and the output folder."""
@@ -53,6 +83,19 @@ def config(tmp_path):
     teacher = write_tiny_teacher(tmp_path)
     path.write_text(TINY.format(example=str(EXAMPLE), teacher=teacher, output=str(output)))
     return str(path), output
+
+
+@pytest.fixture
+def config_with_data(config, tmp_path):
+    """The same on images of a dataset; a folder's ``train.json`` lists them."""
+    path, output = config
+    data = make_synthetic(tmp_path / "data", 5, 1, image_size=(64, 64))
+    files = {"json_file": str(data / "train.json"), "images": str(data / "train")}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(DATA.format(**files, classes=len(SYNTHETIC_CLASSES)))
+    yield path, output
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop("lazy_shapes", None)
 
 
 def metrics(output):
@@ -71,28 +114,170 @@ def test_trains_and_writes_the_student_alone(config):
     cfg.model._target_ = GeneralizedRCNN
     instantiate(cfg.model).load_state_dict(state, strict=True)
     assert any("distillers." in x for x in torch.load(output / "model_final.pth")["model"])
+    result = json.loads((output / "result.json").read_text())
+    assert result["finished"] and result["iterations"] == 2 and result["results"] == {}
+    assert result["distillers"] == ["CKD", "ReviewKD"] and result["config"] == "run"
+    assert result["teacher_parameters"] > 0 and result["distiller_parameters"] > 0
 
 
-def test_resume_goes_on_where_it_stopped(config):
+def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config, capsys):
     path, output = config
     assert main(["--config-file", path]) == 0
+    seed = torch.load(output / "model_final.pth")["trainer"]["seed"]
     assert main(["--config-file", path, "--resume", "train.max_iter=3"]) == 0
     assert [record["iteration"] for record in metrics(output) if "loss_ckd" in record] == [0, 1, 2]
+    assert json.loads((output / "result.json").read_text())["seed"] == seed
+    # A list is no loader that can be continued.
+    assert "draws its batches anew" in capsys.readouterr().out
 
 
-def test_evaluation_builds_no_teacher(config, monkeypatch):
-    path, _ = config
+def interrupted(path, monkeypatch, iteration, opts=()):
+    """Runs a config until an exception before this iteration."""
+    run_step = LazyTrainLoop.run_step
+
+    def run_step_or_stop(self):
+        if self.iter == iteration:
+            raise InterruptedError
+        run_step(self)
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(LazyTrainLoop, "run_step", run_step_or_stop)
+        main(["--config-file", path, *opts])
+
+
+def test_resumed_run_equals_the_uninterrupted_one(config_with_data, monkeypatch, tmp_path):
+    path, output = config_with_data
+    opts = ["train.seed=5", "train.max_iter=3", "train.checkpointer.period=2"]
+    straight = tmp_path / "straight"
+    assert main(["--config-file", path, *opts, f"train.output_dir={straight}"]) == 0
+    interrupted(path, monkeypatch, 2, opts)
+    assert main(["--config-file", path, "--resume", *opts]) == 0
+    actual, expected = (torch.load(x / "model_final.pth") for x in (output, straight))
+    for name, tensor in expected["model"].items():
+        assert torch.equal(actual["model"][name], tensor), name
+    curves = [x["trainer"]["hooks"]["LossHistory"] for x in (actual, expected)]
+    assert curves[0] == curves[1] and len(curves[0]["loss_ckd"]) == 3
+    iterations = [record["iteration"] for record in metrics(output) if "loss_ckd" in record]
+    assert iterations == [0, 1, 2]
+
+
+def test_evaluation_builds_no_teacher_and_leaves_the_runs_config(config, monkeypatch):
+    path, output = config
+    output.mkdir()
+    (output / "config.yaml").write_text("model: {distillers: []}\n")
     monkeypatch.setattr(
         "kd_detectron.modeling.FrozenTeacher.from_name", lambda *a, **k: pytest.fail("built")
     )
     assert main(["--config-file", path, "--eval-only"]) == 0
+    assert (output / "config.yaml").read_text() == "model: {distillers: []}\n"
+
+
+def refused(capsys, path, opts, words):
+    """Exit code 2 and one sentence in which all of these words are."""
+    assert main(["--config-file", path, *opts]) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    for word in ["error: ", *words]:
+        assert word in last, last
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        (["train"], ["'train'", "key=value"]),
+        (["optimzer.lr=0.1"], ["optimzer.lr", "did you mean optimizer"]),
+        (["modl=1"], ["modl", "did you mean model"]),
+        (["train.amp.enabled=True"], ["train.amp.enabled is True but train.device is 'cpu'"]),
+        (
+            ["dataloader.train.mapper.image_format=BGR"],
+            ["dataloader.train.mapper.image_format is BGR but model.input_format is RGB"],
+        ),
+        (
+            ["dataloader.train.dataset.names=lazy_shape"],
+            ["dataloader.train.dataset.names names 'lazy_shape'", "did you mean lazy_shapes"],
+        ),
+        (
+            ["model.roi_heads.num_classes=4", "model.teacher.opts.1=4"],
+            ["lazy_shapes", "but model.roi_heads.num_classes is 4"],
+        ),
+        (
+            ["dataloader.train.total_batch_size=0"],
+            ["dataloader.train.total_batch_size is 0 for 1 processes"],
+        ),
+    ],
+)
+def test_wrong_input_is_answered_in_the_keys_of_a_lazy_config(
+    config_with_data, capsys, opts, words
+):
+    path, output = config_with_data
+    refused(capsys, path, opts, words)
+    assert not os.path.isfile(output / "last_checkpoint")
+
+
+def test_pixel_statistics_corrupt_and_missing_images_are_looked_at(
+    config_with_data, capsys, tmp_path
+):
+    path, _ = config_with_data
+    images = sorted((tmp_path / "data" / "train").iterdir())
+    for image in images:
+        image.write_bytes(b"no image")
+    assert main(["--config-file", path, "model.pixel_mean=[0.485,0.456,0.406]"]) == 1
+    said = capsys.readouterr()
+    assert "model.pixel_mean [0.485, 0.456, 0.406] and model.pixel_std" in said.out
+    assert "cannot use image" in said.err and "train.max_corrupt_images is 0" in said.err
+    images[0].unlink()
+    words = ["dataloader.train.dataset.names 'lazy_shapes'", "1 of 5 images", images[0].name]
+    refused(capsys, path, [], words)
+
+
+def test_classes_of_the_teacher_in_another_order_are_refused(config_with_data, capsys, tmp_path):
+    path, _ = config_with_data
+    content = json.loads((tmp_path / "data" / "train.json").read_text())
+    for category in content["categories"]:
+        category["id"] = 9 - category["id"]
+    (tmp_path / "theirs.json").write_text(json.dumps(content))
+    entry = [["theirs", str(tmp_path / "theirs.json"), "images"]]
+    write_tiny_teacher(tmp_path, ["DATASETS.COCO_FORMAT", entry, "DATASETS.TRAIN", ("theirs",)])
+    words = ["class 0 is 'disc'", "'cross'", "model.teacher.config_file", "model.teacher.opts"]
+    refused(capsys, path, [], words)
+
+
+def test_folder_that_holds_another_run_is_refused(config, capsys, tmp_path):
+    path, output = config
+    assert main(["--config-file", path, "train.max_iter=1"]) == 0
+    refused(capsys, path, [], ["train.output_dir", "already holds a run", "--resume"])
+    before = (output / "config.yaml").read_text()
+    opts = ["--resume", "model.roi_heads.box_head.fc_dims=[48]", "optimizer.lr=0.1"]
+    words = ["model.roi_heads.box_head.fc_dims was [40] and is [48]", "another run"]
+    refused(capsys, path, opts, words)
+    words = ["model.roi_heads.score_thresh was absent and is 0.5"]
+    refused(capsys, path, ["--resume", "model.roi_heads.score_thresh=0.5"], words)
+    assert (output / "config.yaml").read_text() == before
+    (output / "config.yaml").write_text(distilled_cfg(tmp_path).dump())
+    refused(capsys, path, ["--resume"], ["the other kind of config"])
+    (output / "config.yaml").write_text(before)
+    opts = ["--resume", "train.max_iter=2", "model.distillation_weights.CKD=0.2"]
+    assert main(["--config-file", path, *opts]) == 0
+    assert "model.distillation_weights.CKD was 0.1 and is 0.2" in capsys.readouterr().out
+
+
+def test_file_that_is_no_lazy_config_is_refused(config, capsys, tmp_path):
+    for name, text, words in (
+        ("broken.py", "model = ", ["cannot be read", "SyntaxError"]),
+        ("part.py", "model = dict(a=1)", ["defines no 'dataloader'"]),
+        ("no_lazy.yaml", distilled_cfg(tmp_path).dump(), ["defines no 'model'", "train_net.py"]),
+    ):
+        (tmp_path / name).write_text(text)
+        refused(capsys, str(tmp_path / name), [], words)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        main(["--config-file", str(tmp_path / "broken.py"), "--debug"])
 
 
 def test_distillers_that_do_not_fit_are_refused(config, capsys):
     path, output = config
     opts = ["model.roi_heads.num_classes=4"]
     assert main(["--config-file", path, *opts]) == 2
-    assert "NUM_CLASSES is 4 for the student and 3 for the teacher" in capsys.readouterr().err
+    said = "model.roi_heads.num_classes is 4 for the student and 3 for the teacher"
+    assert said in capsys.readouterr().err
     assert not os.path.isfile(output / "model_final.pth")
 
 

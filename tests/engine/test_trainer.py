@@ -131,6 +131,8 @@ def test_run_without_a_seed_keeps_its_random_one_over_a_resume(tmp_path, dataset
     first = train(cfg, until=4)
     second = train(cfg, resume=True)
     assert second.seed == first.seed
+    result = json.loads((tmp_path / "random" / "result.json").read_text())
+    assert result["seed"] == first.seed
 
 
 def test_finished_run_leaves_student_result_and_metrics(tmp_path, dataset):
