@@ -1,6 +1,7 @@
 """What would not fail but silently be wrong: found before the first step.
 
-- :func:`check_meta_architecture`: distillers are named, but the meta-architecture has none.
+- :func:`check_meta_architecture`: distillers are named, but the meta-architecture has none; a part
+  of the detector is missing, or has a name that nothing has.
 - :func:`warn_of_pixel_statistics`: images in one channel order, normalised by a mean or a standard
   deviation in the other, as in the release of the papers, or by statistics of images in 0..1; the
   model trains, some points of AP worse.
@@ -22,7 +23,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import yaml
 from detectron2.config import CfgNode, LazyConfig
 from detectron2.data import MetadataCatalog
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    StandardROIHeads,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from kd_detectron.data.checks import DatasetSummary
@@ -56,11 +67,12 @@ LAZY_MAY_CHANGE = (
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
-    """Refuses ``KD.DISTILLERS`` on a detector that would train without them, and unknown ones.
+    """Refuses ``KD.DISTILLERS`` on a detector that would train without them, and unknown parts.
 
     Raises:
-        ConfigError: naming ``MODEL.META_ARCHITECTURE`` and the fix.
+        ConfigError: naming ``MODEL.META_ARCHITECTURE``, or the part's key, and the fix.
     """
+    _check_parts(cfg)
     name = cfg.MODEL.META_ARCHITECTURE
     known = {key: cls for key, cls in META_ARCH_REGISTRY if isinstance(cls, type)}
     if name not in META_ARCH_REGISTRY:
@@ -74,6 +86,27 @@ def check_meta_architecture(cfg: CfgNode) -> None:
             f"which distils nothing; set it to one of {', '.join(sorted(distilled))}, or "
             "KD.ENABLED False"
         )
+
+
+def _check_parts(cfg: CfgNode) -> None:
+    """Refuses parts of the detector that are not registered, and heads that it needs and lacks."""
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    standard = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
+    needed = isinstance(standard, type) and issubclass(standard, StandardROIHeads)
+    for node, registry, used in (
+        ("BACKBONE", BACKBONE_REGISTRY, True),
+        ("ANCHOR_GENERATOR", ANCHOR_GENERATOR_REGISTRY, True),
+        ("PROPOSAL_GENERATOR", PROPOSAL_GENERATOR_REGISTRY, False),
+        ("ROI_HEADS", ROI_HEADS_REGISTRY, False),
+        ("ROI_BOX_HEAD", ROI_BOX_HEAD_REGISTRY, needed),
+        ("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY, needed and cfg.MODEL.MASK_ON),
+        ("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY, needed and cfg.MODEL.KEYPOINT_ON),
+    ):
+        name, known = cfg.MODEL[node].NAME, [key for key, _ in registry]
+        if name in registry or name == "PrecomputedProposals" or not (name or used):
+            continue
+        what = f"is '{name}'" if name else "is empty, and the detector needs one"
+        raise ConfigError(f"MODEL.{node}.NAME {what}{did_you_mean(name, known)}")
 
 
 # ---- pixel statistics ----

@@ -209,6 +209,7 @@ def test_signals_of_a_scheduler_end_a_run_with_a_checkpoint_and_its_own_exit_cod
 
 
 def test_full_disk_stops_a_run_that_goes_on_when_there_is_room(start, uninterrupted, tmp_path):
+    """Also where the last checkpoint was damaged meanwhile: from the one before."""
     output = tmp_path / "run"
     assert finish(start(output, disk_full_from="model_0000003")) == 1
     last_line = output.with_suffix(".txt").read_text().splitlines()[-1]
@@ -217,7 +218,10 @@ def test_full_disk_stops_a_run_that_goes_on_when_there_is_room(start, uninterrup
     assert last_iteration(output) == 2
     assert_no_file_is_unreadable(output)
     assert [x for x in os.listdir(output) if x.endswith((".partial", ".tmp"))] == []
+    os.truncate(checkpoint(output, 2), 1000)
     assert finish(start(output)) == 0
+    fallback = f"resuming from the one before, {checkpoint(output, 1)}"
+    assert fallback in output.with_suffix(".txt").read_text()
     assert_same_run(output, uninterrupted)
 
 
