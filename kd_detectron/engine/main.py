@@ -97,7 +97,14 @@ def start(args, run: Callable) -> int:
                 args=(args, run),
             )
     except ProcessExitedException as error:
-        return error.exit_code
+        if error.signal_name is None:  # It has said itself what it ended of.
+            return error.exit_code
+        print(
+            f"error: process {error.error_index} was ended by {error.signal_name}, and the others "
+            "with it; the last checkpoint is intact, --resume goes on",
+            file=sys.stderr,
+        )
+        return FAILED_EXIT_CODE
     except SystemExit as stop:
         return stop.code
     return 0

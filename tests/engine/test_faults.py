@@ -18,10 +18,12 @@ import pytest
 import torch
 from child_process import train
 from tiny import distilled_cfg
+from torch.multiprocessing import ProcessExitedException
 
 from kd_detectron.config import get_config
 from kd_detectron.data import build_train_loader, register_coco_format
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.engine import main as command
 
 ITERATIONS = 20
 KILLS = 20
@@ -271,6 +273,24 @@ def test_diverging_run_ends_with_an_error_and_only_finite_checkpoints(start, tmp
         if name.endswith(".pth"):
             for key, tensor in torch.load(output / name, weights_only=True)["model"].items():
                 assert torch.isfinite(tensor).all(), (name, key)
+
+
+@pytest.mark.parametrize(
+    ("signal_name", "code", "said"),
+    [
+        ("SIGKILL", 1, "error: process 1 was ended by SIGKILL, and the others with it"),
+        (None, 2, ""),  # the process itself has said why
+    ],
+)
+def test_process_that_was_killed_is_named_by_its_parent(
+    monkeypatch, capsys, signal_name, code, said
+):
+    def launch(*args, **options):
+        raise ProcessExitedException("", 1, 1234, exit_code=2, signal_name=signal_name)
+
+    monkeypatch.setattr(command, "launch", launch)
+    assert command.main(["--config-file", "any.yaml", "--num-gpus", "2"]) == code
+    assert capsys.readouterr().err.startswith(said)
 
 
 @pytest.mark.parametrize("dead", [0, 1])
