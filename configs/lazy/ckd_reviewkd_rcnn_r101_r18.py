@@ -1,6 +1,8 @@
 """CKD+ReviewKD of R101-R18 as a LazyConfig: what ckd_reviewkd_rcnn_r101_r18.yaml says in YAML.
 
 Without the last section, and with Detectron2's GeneralizedRCNN, it is the undistilled student.
+Optional, as in YAML: ``train.seed`` (SEED), ``train.max_corrupt_images``
+(DATALOADER.MAX_CORRUPT_IMAGES), ``distillation_schedule`` (KD.SCHEDULE).
 """
 
 from detectron2.config import LazyCall as L

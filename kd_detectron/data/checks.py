@@ -26,6 +26,9 @@ from kd_detectron.errors import ConfigError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
+# The NUM_CLASSES of a model that does not say how many it tells apart (some LazyConfigs').
+UNKNOWN_CLASSES = -1
+
 
 @dataclass(frozen=True)
 class DatasetSummary:
@@ -215,7 +218,8 @@ def _check_classes(cfg: CfgNode, key: str, summary: DatasetSummary, first: Datas
         class_key, num_classes = "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
     else:
         class_key, num_classes = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
-    if len(summary.classes) != num_classes and architecture != "ProposalNetwork":
+    known = num_classes != UNKNOWN_CLASSES and architecture != "ProposalNetwork"
+    if known and len(summary.classes) != num_classes:
         raise ConfigError(
             f"{key} '{summary.name}' has {_count_classes(summary.classes)} but {class_key} is"
             f" {num_classes}; set {class_key} to {len(summary.classes)}"

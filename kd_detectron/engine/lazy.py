@@ -32,6 +32,7 @@ from torch import nn
 from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
+from kd_detectron.data.checks import UNKNOWN_CLASSES
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
 from kd_detectron.modeling.build import check_fits
 from kd_detectron.modeling.teacher import model_spec
@@ -237,9 +238,8 @@ def describe_model(seen: CfgNode, model: nn.Module) -> None:
     seen.MODEL.META_ARCHITECTURE = type(model).__name__
     seen.MODEL.MASK_ON = getattr(heads, "mask_head", None) is not None
     seen.MODEL.KEYPOINT_ON = getattr(heads, "keypoint_head", None) is not None
-    num_classes = model_spec(model).num_classes
-    if num_classes is not None:
-        seen.MODEL.ROI_HEADS.NUM_CLASSES = seen.MODEL.RETINANET.NUM_CLASSES = num_classes
+    num_classes = getattr(heads or model, "num_classes", UNKNOWN_CLASSES)
+    seen.MODEL.ROI_HEADS.NUM_CLASSES = seen.MODEL.RETINANET.NUM_CLASSES = num_classes
     # Without its config's name a teacher's classes are not known.
     if seen.KD.TEACHER.CONFIG_FILE:
         seen.KD.DISTILLERS = list(getattr(model, "distillers", {}))

@@ -7,6 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_detectron.data import check_coco_files, check_datasets
+from kd_detectron.data.checks import UNKNOWN_CLASSES
 from kd_detectron.errors import ConfigError
 
 
@@ -144,6 +145,12 @@ def test_class_count_that_differs_names_both_numbers(make_cfg):
     cfg = make_cfg()
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 80
     refused(cfg, "2 classes (cat, dog) but MODEL.ROI_HEADS.NUM_CLASSES is 80", "to 2")
+
+
+def test_class_count_that_the_model_does_not_tell_is_not_compared(make_cfg):
+    cfg = make_cfg()
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = UNKNOWN_CLASSES
+    assert check_datasets(cfg)["tiny"].images == 6
 
 
 def test_class_count_of_a_retinanet_is_its_own_key(make_cfg):

@@ -16,8 +16,17 @@ from tiny import distilled_cfg, write_tiny_teacher
 
 from kd_detectron import get_config
 from kd_detectron.config import config_dir
+from kd_detectron.data.checks import UNKNOWN_CLASSES
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
-from kd_detectron.engine.lazy import LazyTrainLoop, build, main, plain
+from kd_detectron.engine.lazy import (
+    LazyTrainLoop,
+    as_yaml,
+    build,
+    describe_model,
+    in_lazy_words,
+    main,
+    plain,
+)
 from kd_detectron.errors import ConfigError
 
 EXAMPLE = config_dir() / "lazy" / "ckd_reviewkd_rcnn_r101_r18.py"
@@ -270,6 +279,33 @@ def test_file_that_is_no_lazy_config_is_refused(config, capsys, tmp_path):
         refused(capsys, str(tmp_path / name), [], words)
     with pytest.raises(ConfigError, match="cannot be read"):
         main(["--config-file", str(tmp_path / "broken.py"), "--debug"])
+
+
+@pytest.mark.parametrize(
+    ("yaml", "lazy"),
+    [
+        ("DATASETS.TRAIN 'a' has 2 classes", "dataloader.train.dataset.names 'a' has 2 classes"),
+        ("KD.TEACHER.WEIGHTS 'x'; OUTPUT_DIR", "model.teacher.weights 'x'; train.output_dir"),
+        # A teacher's own config has its own keys.
+        (
+            "INPUT.FORMAT of KD.TEACHER.CONFIG_FILE is RGB but its MODEL.PIXEL_MEAN",
+            "INPUT.FORMAT of model.teacher.config_file is RGB but its MODEL.PIXEL_MEAN",
+        ),
+        (
+            "MODEL.MASK_ON is True but annotation 2 has no 'segmentation'",
+            "model.roi_heads has a mask_head but annotation 2 has no 'segmentation'",
+        ),
+    ],
+)
+def test_what_is_said_of_a_yaml_config_is_said_in_the_keys_of_a_lazy_config(yaml, lazy):
+    assert in_lazy_words(yaml) == lazy
+
+
+def test_model_that_tells_nothing_of_itself_is_no_error():
+    model = torch.nn.Linear(1, 1)
+    describe_model(seen := as_yaml(LazyConfig.load(str(EXAMPLE))), model)
+    assert seen.MODEL.ROI_HEADS.NUM_CLASSES == UNKNOWN_CLASSES
+    assert not seen.MODEL.MASK_ON and not seen.MODEL.KEYPOINT_ON and not seen.KD.DISTILLERS
 
 
 def test_distillers_that_do_not_fit_are_refused(config, capsys):
