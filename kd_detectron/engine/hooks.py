@@ -223,11 +223,14 @@ class WriteResult(HookBase):
 class StopOnSignal(HookBase):
     """On SIGTERM or SIGINT: finish the iteration, write a checkpoint, raise :class:`Interrupted`.
 
-    A second SIGINT stops at once, as usual.
+    A second SIGINT stops at once, as usual. Forked processes, which inherit the handlers, die of
+    SIGTERM as they would without: otherwise a pool's ``terminate()`` waits for them for ever. They
+    outlive SIGINT, which a terminal sends to all, since the iteration needs its data workers.
     """
 
     def __init__(self, checkpointer):
         self._checkpointer = checkpointer
+        self._process = os.getpid()
         self._received: int | None = None
         self._previous = {}
 
@@ -236,6 +239,11 @@ class StopOnSignal(HookBase):
             self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number, frame) -> None:
+        if os.getpid() != self._process:
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
         self._received = number
         signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
         logger.warning(

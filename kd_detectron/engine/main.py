@@ -25,7 +25,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import verify_results
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -46,7 +46,7 @@ from .checks import (
 )
 from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
-from .trainer import DistillationTrainer, unwrap
+from .trainer import DistillationTrainer, check_evaluators, unwrap
 
 logger = logging.getLogger("kd_detectron")
 
@@ -157,6 +157,7 @@ def run(args) -> None:
     check_augmentation(cfg)
     cfg.freeze()
     register_coco_format(cfg)
+    check_evaluators(cfg)
     if args.check:
         with tempfile.TemporaryDirectory() as folder:
             cfg.defrost()
@@ -205,10 +206,14 @@ def import_user_code(name: str) -> None:
 def check_augmentation(cfg: CfgNode) -> None:
     """Refuses, before training, test-time augmentation of a detector for which there is none."""
     name = cfg.MODEL.META_ARCHITECTURE
-    if cfg.TEST.AUG.ENABLED and not issubclass(META_ARCH_REGISTRY.get(name), GeneralizedRCNN):
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    architecture = META_ARCH_REGISTRY.get(name)
+    if not issubclass(architecture, GeneralizedRCNN) or issubclass(architecture, PanopticFPN):
         raise ConfigError(
             f"TEST.AUG.ENABLED is True but MODEL.META_ARCHITECTURE is {name}, and Detectron2's "
-            "test-time augmentation is for R-CNN models; set TEST.AUG.ENABLED False"
+            "test-time augmentation is for the boxes and masks of R-CNN models; set "
+            "TEST.AUG.ENABLED False"
         )
 
 

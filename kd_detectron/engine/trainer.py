@@ -6,6 +6,7 @@ the best checkpoint by AP; ``student_final.pth`` and ``result.json`` at the end;
 bfloat16. The training step itself is ``DistilledRCNN.forward`` and ``train_loop.py``.
 """
 
+import importlib.util
 import logging
 import os
 import secrets
@@ -13,10 +14,18 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer
 from detectron2.engine.train_loop import TrainerBase
-from detectron2.evaluation import COCOEvaluator, LVISEvaluator, PascalVOCDetectionEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
@@ -37,9 +46,17 @@ from .hooks import (
     WriteResult,
     parse_record,
 )
+from .pictures import TrainingPictures
 from .train_loop import DistillationTrainLoop
 
 logger = logging.getLogger(__name__)
+
+EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc", "sem_seg")
+# What Detectron2's evaluators import when they run, and what to give to pip for it.
+_EVALUATION_PACKAGES = {
+    "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
+    "lvis": ("lvis", "lvis"),
+}
 
 
 class DistillationTrainer(DefaultTrainer):
@@ -103,6 +120,8 @@ class DistillationTrainer(DefaultTrainer):
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
             metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
             ret.append(KeepBest(cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+        if comm.is_main_process() and cfg.VIS_PERIOD > 0:
+            ret.append(TrainingPictures(cfg, model))
         ret += [ExportStudent(cfg), WriteResult(cfg.OUTPUT_DIR, run_facts(cfg, model, self.seed))]
         return [*ret, *writer, StopOnSignal(self.checkpointer)]
 
@@ -118,19 +137,29 @@ class DistillationTrainer(DefaultTrainer):
         return build_train_loader(cfg)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None):
-        output_folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-        if kind == "coco":
-            return COCOEvaluator(dataset_name, output_dir=output_folder)
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """The evaluators that a dataset's ``evaluator_type`` asks for, as in Detectron2's own tool.
+
+        Raises:
+            ConfigError: as :func:`check_evaluators`.
+        """
+        kind = evaluator_type(dataset_name)
+        folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+        evaluators = []
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind in ("coco", "coco_panoptic_seg"):
+            sigmas = cfg.TEST.KEYPOINT_OKS_SIGMAS
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder, kpt_oks_sigmas=sigmas))
+        if kind == "coco_panoptic_seg":
+            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if kind == "lvis":
-            return LVISEvaluator(dataset_name, output_dir=output_folder)
+            evaluators.append(LVISEvaluator(dataset_name, output_dir=folder))
         if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        raise ConfigError(
-            f"DATASETS.TEST names '{dataset_name}', whose evaluator type is '{kind}'; known are "
-            "coco, lvis and pascal_voc: override DistillationTrainer.build_evaluator for others"
-        )
+            evaluators.append(PascalVOCDetectionEvaluator(dataset_name))
+        return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 
     @classmethod
     def test_with_augmentation(cls, cfg: CfgNode, model) -> dict:
@@ -139,6 +168,34 @@ class DistillationTrainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, unwrap(model)), evaluators)
         return {f"{key}_TTA": value for key, value in results.items()}
+
+
+def check_evaluators(cfg: CfgNode) -> None:
+    """Refuses, before training, test data that could not be evaluated after it.
+
+    Raises:
+        ConfigError: there is no evaluator for a dataset, or it needs a package that is missing.
+    """
+    for name in cfg.DATASETS.TEST:
+        if name in DatasetCatalog:
+            evaluator_type(name)
+
+
+def evaluator_type(dataset_name: str) -> str:
+    """The dataset's ``evaluator_type``, one of :data:`EVALUATOR_TYPES` that can be used here."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATOR_TYPES:
+        raise ConfigError(
+            f"DATASETS.TEST names '{dataset_name}', whose evaluator type is '{kind}'; known are "
+            f"{', '.join(EVALUATOR_TYPES)}: override DistillationTrainer.build_evaluator for others"
+        )
+    package, source = _EVALUATION_PACKAGES.get(kind, (None, None))
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"DATASETS.TEST names '{dataset_name}' of evaluator type '{kind}', which Detectron2 "
+            f"evaluates with the package {package}, which is not installed: pip install {source}"
+        )
+    return kind
 
 
 def unwrap(model):

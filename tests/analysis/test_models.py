@@ -66,11 +66,12 @@ def test_image_is_read_in_the_models_channel_order(write_trained_run):
 
 def test_image_larger_than_the_square_that_a_model_pads_to_is_made_smaller(write_trained_run):
     student = load_student(write_trained_run("run", opts=["INPUT.MAX_SIZE_TEST", 128]))
-    for square, expected in ((0, 128), (256, 128), (96, 96)):
+    for square, size in ((0, 128), (256, 128), (96, 96)):
         backbone = SimpleNamespace(padding_constraints={"square_size": square})
         vitdet = LoadedModel("ViTDet", SimpleNamespace(backbone=backbone), student.cfg.clone())
         see_the_size_of(vitdet, student.cfg)
-        assert vitdet.cfg.INPUT.MAX_SIZE_TEST == expected
+        found = vitdet.cfg.INPUT.MAX_SIZE_TEST
+        assert found == size
 
 
 def test_run_without_checkpoint_gets_one_sentence(write_run):

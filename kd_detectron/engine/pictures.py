@@ -1,0 +1,117 @@
+"""Pictures while training: every ``VIS_PERIOD`` iterations into the event storage (TensorBoard).
+
+The pictures of ``tools/visualize.py`` for the student as it stands, on the same test images
+throughout: detections of ground truth, teacher and student side by side, and the student's feature
+difference to the teacher by FPN level. They come beside Detectron2's own pictures of
+``VIS_PERIOD``, the proposals and masks of the training batch.
+
+The training is not touched: every module's mode and all random states are put back. The teacher is
+loaded whole (the one beside the student has no RPN) before the first step, run once on the images,
+and dropped again: a frozen teacher has nothing new to show. Only the main process draws.
+"""
+
+import contextlib
+import logging
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from torch import nn
+
+from kd_detectron.analysis.features import compare_features, draw_feature_differences
+from kd_detectron.analysis.figures import figure_pixels
+from kd_detectron.analysis.models import (
+    LoadedModel,
+    RememberedModel,
+    check_classes,
+    choose_records,
+    dataset_records,
+    load_teacher_of_config,
+    see_the_size_of,
+)
+from kd_detectron.analysis.predictions import draw_predictions
+from kd_detectron.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions"
+FEATURES = "feature difference to the teacher"
+_IMAGES = 3
+
+
+class TrainingPictures(HookBase):
+    """Puts the pictures into the storage every ``cfg.VIS_PERIOD`` iterations.
+
+    Args:
+        cfg: the run's config; the images are the first ones of its ``DATASETS.TEST``, or of
+            ``DATASETS.TRAIN`` where it has none.
+        model: the student, not wrapped.
+    """
+
+    def __init__(self, cfg: CfgNode, model: nn.Module):
+        self._cfg = cfg
+        self._student = LoadedModel("student", model, cfg)
+
+    def before_train(self) -> None:
+        name = (*self._cfg.DATASETS.TEST, *self._cfg.DATASETS.TRAIN)[0]
+        records, self._class_names = dataset_records(self._cfg, name)
+        self._records = choose_records(records, _IMAGES) or records[:_IMAGES]
+        self._seen_by_teacher = self._shown_models = None
+        with undisturbed(self._student.model):
+            check_classes(self._student, self._class_names)
+            self._shown_models = [self._student]
+            if getattr(self._student.model, "teacher", None) is not None:
+                self._ask_teacher()
+
+    def _ask_teacher(self) -> None:
+        teacher = load_teacher_of_config(self._cfg)
+        see_the_size_of(teacher, self._cfg)
+        remembered = RememberedModel.of(teacher, self._records)
+        try:
+            check_classes(teacher, self._class_names)
+            self._shown_models = [remembered, self._student]
+        except ConfigError as error:
+            logger.warning("VIS_PERIOD: the teacher's detections are not drawn: %s", error)
+        try:
+            compare_features(self._student, remembered, self._records[:1])
+            self._seen_by_teacher = remembered
+        except ConfigError as error:
+            logger.warning("VIS_PERIOD: no feature difference is drawn: %s", error)
+
+    def after_step(self) -> None:
+        # The iterations at which Detectron2 shows its own.
+        if self.trainer.iter % self._cfg.VIS_PERIOD == 0:
+            with undisturbed(self._student.model):
+                self._draw()
+
+    def _draw(self) -> None:
+        figures = {
+            PREDICTIONS: draw_predictions(self._shown_models, self._records, self._class_names)
+        }
+        if self._seen_by_teacher is not None:
+            figures[FEATURES] = draw_feature_differences(
+                self._seen_by_teacher, [self._student], self._records
+            )
+        for name, figure in figures.items():
+            self.trainer.storage.put_image(name, figure_pixels(figure).transpose(2, 0, 1))
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Puts a model in training into eval mode; afterwards modes and random states are as before."""
+    modes = {module: module.training for module in model.modules()}
+    states = random.getstate(), np.random.get_state()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield model.eval()
+        finally:
+            # From the top down, and by train(), which some modules override.
+            for module, mode in modes.items():
+                if module.training != mode:
+                    module.train(mode)
+            random.setstate(states[0])
+            np.random.set_state(states[1])
