@@ -4,8 +4,13 @@
 the student with Detectron2's own ``TracingAdapter`` on an image that the user gives, for any image
 size, and compare what the exported file returns with what the model returns on that image. All
 students of this project trace: Faster, Mask and RetinaNet, also on the added backbones
-(``tests/test_export_tracing.py``). What Detectron2's exporters cannot do in this version: test-time
-augmentation, and a batch of more than one image.
+(``tests/test_export_tracing.py``).
+
+What is not written here, as tried with torch 2.14. Several images at once: the same adapter traces
+any fixed number of them, of different sizes too, with the model's detections in both formats.
+Test-time augmentation: ``GeneralizedRCNNWithTTA`` traces without an error, but the result detects
+something else than the model (93 objects for 83), since images are resized in numpy, which the
+tracer does not see.
 
 Both files take one image, (3, H, W) float, 0 to 255, resized, in ``INPUT.FORMAT``'s channel order,
 and return the fields of Detectron2's ``Instances`` in alphabetical order, then the image size (H,

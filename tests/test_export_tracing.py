@@ -3,6 +3,7 @@
 import onnxruntime
 import pytest
 import torch
+from detectron2.export import TracingAdapter
 from detectron2.modeling import build_model
 from PIL import Image
 from tiny import tiny_cfg
@@ -102,6 +103,28 @@ def test_onnx_detects_what_the_model_does(tmp_path, image, student):
         return [torch.from_numpy(output) for output in session.run(None, {"image": pixels.numpy()})]
 
     assert_detects_the_same(run_exported, model)
+
+
+def test_adapter_traces_two_images_of_different_sizes_as_well(tmp_path):
+    model = write_run(tmp_path, [])
+    generator = torch.Generator().manual_seed(0)
+
+    def images(*sizes):
+        return [{"image": 255 * torch.rand(3, *size, generator=generator)} for size in sizes]
+
+    def detect(model, inputs):
+        return [{"instances": one} for one in model.inference(inputs, do_postprocess=False)]
+
+    adapter = TracingAdapter(model, images((64, 96), (64, 96)), detect).eval()
+    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    others = images((96, 64), (50, 70))
+    with torch.no_grad():
+        expected = detect(model, others)
+        found = adapter.outputs_schema(traced(*(one["image"] for one in others)))
+    for a, b in zip(found, expected, strict=True):
+        a, b = a["instances"], b["instances"]
+        torch.testing.assert_close(a.pred_boxes.tensor, b.pred_boxes.tensor, rtol=1e-3, atol=5e-3)
+        torch.testing.assert_close(a.scores, b.scores, rtol=1e-3, atol=5e-3)
 
 
 def test_export_that_detects_something_else_is_not_written(tmp_path, image, monkeypatch):
