@@ -12,7 +12,9 @@ Each run is its own process and its own folder, ``<output>/<name>`` or ``<output
 Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left
 for the next start. ``{output}`` in an option stands for the study's folder, so that a student can
 name the teacher's checkpoint. ``--jobs N`` has N runs going at a time, in the file's order but for
-students, which wait for the run that makes their teacher.
+students, which wait for the run that makes their teacher. ``expected: FILE`` names the AP ranges
+that an earlier study reached (``--write-expected``); a finished run outside its range is named and
+makes the command fail.
 """
 
 import argparse
@@ -28,14 +30,16 @@ from pathlib import Path
 import yaml
 from tqdm import tqdm
 
+from kd_detectron.analysis.expected import outside_expected, write_expected
 from kd_detectron.analysis.report import TEACHER, write_report
-from kd_detectron.analysis.runs import load_run
+from kd_detectron.analysis.runs import Run, load_run
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.errors import ConfigError, did_you_mean
 
 from .exit_codes import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import read_metrics
 
+STUDY_KEYS = {"output", "opts", "runs", "expected"}
 RUN_KEYS = {"name", "config", "seeds", "opts"}
 
 
@@ -77,6 +81,15 @@ class Study:
 
     output: Path
     runs: list[StudyRun]
+    expected: Path | None = None
+
+    def finished_runs(self) -> dict[str, list[Run]]:
+        """The results of the finished runs (seeds) by name."""
+        results: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if run.finished:
+                results.setdefault(run.name, []).append(load_run(run.folder))
+        return results
 
 
 def load_study(file: str, output: str | None = None) -> Study:
@@ -92,6 +105,8 @@ def load_study(file: str, output: str | None = None) -> Study:
         known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
         raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for key in content.keys() - STUDY_KEYS:
+        raise ConfigError(f"study '{file}' has an unknown key {key}{did_you_mean(key, STUDY_KEYS)}")
     folder = Path(output or content["output"])
     runs = []
     for entry in content["runs"]:
@@ -113,7 +128,10 @@ def load_study(file: str, output: str | None = None) -> Study:
             if cfg.KD.ENABLED and cfg.KD.DISTILLERS:
                 run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
             runs.append(run)
-    return Study(folder, runs)
+    expected = path.parent / content["expected"] if "expected" in content else None
+    if expected and not expected.is_file():
+        raise ConfigError(f"study '{file}': expected is {expected}, which is not there")
+    return Study(folder, runs, expected)
 
 
 def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
@@ -257,11 +275,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("study", help="a study file, by path or by name in configs/studies")
     parser.add_argument("--output", help="another output folder than the file's")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument(
+        "--write-expected", metavar="FILE", help="record the APs as ranges for later studies"
+    )
     args = parser.parse_args(argv)
     try:
         study = load_study(args.study, args.output)
         failed = run_study(study, jobs=args.jobs)
         report(study)
+        if args.write_expected:
+            write_expected(args.write_expected, study.finished_runs())
+        outside = outside_expected(study.expected, study.finished_runs()) if study.expected else []
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
@@ -271,7 +295,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if failed:
         names = ", ".join(str(run.folder) for run in failed)
         print(f"{len(failed)} runs failed: {names}; the same command tries them again")
-    return FAILED_EXIT_CODE if failed else 0
+    for sentence in outside:
+        print(f"not as expected: {sentence}")
+    return FAILED_EXIT_CODE if failed or outside else 0
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ def test_paper_ablations_stand_ready():
     [
         ("runs: [{name: a, config: demo/teacher_r18.yaml, sedes: [1]}]", ["sedes", "seeds"]),
         ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
+        ("rons: []", ["rons", "runs"]),
+        ("expected: none.json\nruns: []", ["expected", "none.json"]),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, content, words):
@@ -95,6 +97,20 @@ def test_finished_runs_are_skipped_failed_ones_named_and_a_table_ends_it(
     before = os.path.getmtime(out / "good" / "seed1" / "model_final.pth")
     assert studies.main([str(study_file)]) == 1
     assert os.path.getmtime(out / "good" / "seed1" / "model_final.pth") == before
+
+    good_runs = study_file.read_text().split("  - name: bad")[0]
+    study_file.write_text(good_runs)
+    ranges = tmp_path / "ranges.json"
+    assert studies.main([str(study_file), "--write-expected", str(ranges)]) == 0
+    study_file.write_text(f"expected: ranges.json\n{good_runs}")
+    assert studies.main([str(study_file)]) == 0
+    wrong = json.loads(ranges.read_text())
+    wrong["good"]["bbox"] |= {"low": 90.0, "high": 95.0}
+    ranges.write_text(json.dumps(wrong))
+    capsys.readouterr()
+    assert studies.main([str(study_file)]) == 1
+    printed = capsys.readouterr().out
+    assert "good/seed1: box AP is" in printed and "expected 90.0 to 95.0" in printed
 
 
 def heed_interrupts():
