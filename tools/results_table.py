@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Compares runs: AP, gain over the baseline, share of the teacher's gap, published numbers.
 
-    python tools/results_table.py output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18 \
+    python tools/results_table.py output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18 \\
         --teacher teacher.json --markdown results.md
 """
 
