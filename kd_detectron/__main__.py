@@ -83,8 +83,8 @@ def teachers() -> str:
     rows = [(name, "") for name in zoo_configs()]
     return (
         "Teachers: KD.TEACHER.CONFIG_FILE takes these of Detectron2's model zoo, whose weights are "
-        "downloaded,\nor your own .yaml or LazyConfig .py with KD.TEACHER.WEIGHTS. Feature distillers "
-        "need a\nteacher with the student's levels: for an FPN student one with FPN.\n"
+        "downloaded,\nor your own .yaml or LazyConfig .py with KD.TEACHER.WEIGHTS. Feature "
+        "distillers need a\nteacher with the student's levels: for an FPN student one with FPN.\n"
         + _table(rows)
     )
 
