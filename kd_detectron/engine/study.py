@@ -8,7 +8,8 @@ A study file (``configs/studies/*.yaml``) names an output folder and its runs, i
       - {name: baseline, config: bccd/baseline_r18.yaml, seeds: [1, 2, 3]}
       - {name: ckd, config: bccd/ckd_r18.yaml, seeds: [1, 2, 3], opts: [KD.CKD.WEIGHT, 0.1]}
 
-Each run is its own process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``.
+Each run is its own process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``;
+the first seeds of all runs come first, then the second ones.
 Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left
 for the next start. ``{output}`` in an option stands for the study's folder, so that a student can
 name the teacher's checkpoint. ``--jobs N`` has N runs going at a time, in the file's order but for
@@ -116,7 +117,7 @@ def load_study(file: str, output: str | None = None) -> Study:
             )
         opts = [str(o).replace("{output}", str(folder)) for o in content.get("opts", [])]
         opts += [str(o).replace("{output}", str(folder)) for o in entry.get("opts", [])]
-        for seed in entry.get("seeds", [None]):
+        for turn, seed in enumerate(entry.get("seeds", [None])):
             run = StudyRun(
                 name=entry["name"],
                 config=entry["config"],
@@ -127,7 +128,9 @@ def load_study(file: str, output: str | None = None) -> Study:
             run.max_iter = cfg.SOLVER.MAX_ITER
             if cfg.KD.ENABLED and cfg.KD.DISTILLERS:
                 run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
-            runs.append(run)
+            runs.append((turn, run))
+    # Every run's first seed, then the second ones: a study that is stopped has a whole table.
+    runs = [run for _, run in sorted(runs, key=lambda pair: pair[0])]
     expected = path.parent / content["expected"] if "expected" in content else None
     if expected and not expected.is_file():
         raise ConfigError(f"study '{file}': expected is {expected}, which is not there")

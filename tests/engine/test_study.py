@@ -28,6 +28,14 @@ def test_every_study_names_configs_and_keys_that_exist(name):
         assert run.max_iter == cfg.SOLVER.MAX_ITER > 0
 
 
+def test_first_seeds_of_all_runs_come_first(tmp_path):
+    one, two = ({"name": n, "config": "demo/baseline.yaml", "seeds": [3, 4]} for n in "ab")
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({"output": "out", "runs": [one, two]}))
+    folders = [str(run.folder) for run in studies.load_study(str(file)).runs]
+    assert folders == ["out/a/seed3", "out/b/seed3", "out/a/seed4", "out/b/seed4"]
+
+
 def test_paper_ablations_stand_ready():
     runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
     ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}
