@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from kd_detectron.backbones.config import add_backbone_config
@@ -222,7 +223,24 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     """``cfg.merge_from_file`` whose errors name the key, the file and the near keys."""
     try:
         cfg.merge_from_file(path)
-    except (KeyError, ValueError, AssertionError, TypeError) as error:
+    except FileNotFoundError as error:
+        known = config_dir() / os.path.basename(error.filename)
+        raise ConfigError(
+            f"{path} or a file below it has the _BASE_ '{error.filename}', which does not exist; a "
+            "_BASE_ is a path, relative to the file that names it"
+            + (f": write '{known}'" if known.is_file() else "")
+        ) from error
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
+        line = f" (line {where.line + 1}: {what})" if where else f" ({what})"
+        raise ConfigError(f"{path} is not readable YAML{line}; correct the file") from error
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is no Detectron2 config ({error}); it should hold KEY: VALUE, such as "
+            "MODEL: {MASK_ON: True}"
+        ) from error
+    except (KeyError, ValueError, AssertionError) as error:
         raise _readable(cfg, error, path) from error
 
 

@@ -134,3 +134,24 @@ def test_mistakes_are_answered_with_the_key_and_the_near_names(name, opts, words
         get_config(name, opts)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('_BASE_: "ckd_rcnn_r101_r18.yaml"', ["_BASE_", "is a path", "write '", "_r101_r18.yaml"]),
+        ('_BASE_: "gone.yaml"', ["gone.yaml", "does not exist", "is a path"]),
+        ("MODEL: {META: [}", ["own.yaml is not readable YAML (line 1", "correct the file"]),
+        ("MODEL: 1\n MASK_ON: True", ["own.yaml is not readable YAML (line 2"]),
+        ("just text", ["own.yaml", "KEY: VALUE"]),
+        ("- MODEL", ["own.yaml", "KEY: VALUE"]),
+        ("MODEL: 3", ["own.yaml", "KEY: VALUE"]),
+        ("# nothing yet", ["own.yaml", "KEY: VALUE"]),
+    ],
+)
+def test_config_file_that_cannot_be_read_is_answered_in_a_sentence(tmp_path, text, words):
+    (tmp_path / "own.yaml").write_text(text)
+    with pytest.raises(ConfigError) as error:
+        get_config(str(tmp_path / "own.yaml"))
+    for word in words:
+        assert word in str(error.value), str(error.value)
