@@ -7,6 +7,8 @@ prints the message alone and exits with code 2; ``--debug`` shows the traceback.
 import difflib
 from collections.abc import Iterable
 
+_MANY = 12
+
 
 class ConfigError(ValueError):
     """Something that the user wrote, or that a file holds, cannot work; nothing was trained."""
@@ -21,10 +23,14 @@ class CorruptImageError(RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
-    """Returns ``"; did you mean A or B?"`` with the known names nearest to ``name``, or all."""
+    """Returns ``"; did you mean A or B?"`` with the known names nearest to ``name``.
+
+    Where none is near, those that there are, up to a dozen.
+    """
     known = sorted(known)
     lowered = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=limit, cutoff=0.6)
     if near:
         return "; did you mean " + " or ".join(lowered[candidate] for candidate in near) + "?"
-    return "; known: " + ", ".join(known)
+    more = f", ... ({len(known)} in all)" if len(known) > _MANY else ""
+    return "; known: " + ", ".join(known[:_MANY]) + more

@@ -12,7 +12,7 @@ from tiny import MAIN_ROWS, distilled_cfg
 from kd_detectron import add_kd_config, get_config
 from kd_detectron.config import config_dir, find_config, list_configs
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling import DistilledRCNN
 
 BUILT_IN = {
@@ -134,6 +134,13 @@ def test_mistakes_are_answered_with_the_key_and_the_near_names(name, opts, words
         get_config(name, opts)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+def test_error_with_no_near_name_does_not_list_hundreds():
+    few = did_you_mean("zzz", ["b", "a"])
+    assert few == "; known: a, b"
+    many = did_you_mean("zzz", [f"name {number:03}" for number in range(140)])
+    assert many.endswith("name 011, ... (140 in all)") and "name 012" not in many
 
 
 @pytest.mark.parametrize(
