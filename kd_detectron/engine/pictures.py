@@ -46,8 +46,8 @@ class TrainingPictures(HookBase):
     """Puts the pictures into the storage every ``cfg.VIS_PERIOD`` iterations.
 
     Args:
-        cfg: the run's config; the images are the first ones of its ``DATASETS.TEST``, or of
-            ``DATASETS.TRAIN`` where it has none.
+        cfg: the run's config; the images are three of its first ``DATASETS.TEST``, or of
+            ``DATASETS.TRAIN`` where it has none: those that ``tools/visualize.py --count 3`` draws.
         model: the student, not wrapped.
     """
 
