@@ -38,6 +38,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Empty: the model zoo's checkpoint for that config, or else the one that your config names.
     # "none": random weights (tests, benchmarks).
     cfg.KD.TEACHER.WEIGHTS = ""
+    # Parts of the student that start from the teacher's weights, by the start of their names, e.g.
+    # ["proposal_generator", "roi_heads"]; for students from scratch (MODEL.WEIGHTS goes before).
+    cfg.KD.TEACHER.INHERIT = []
     # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []
     # Half-precision teacher on CUDA (bfloat16 where the GPU has it), and on the CPU where the

@@ -7,7 +7,7 @@ plain one under the same seed.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -38,6 +38,11 @@ def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
     """
     names = list(cfg.KD.DISTILLERS) if cfg.KD.ENABLED else []
     if not names:
+        if cfg.KD.ENABLED and cfg.KD.TEACHER.INHERIT:
+            raise ConfigError(
+                f"KD.TEACHER.INHERIT is {list(cfg.KD.TEACHER.INHERIT)} but KD.DISTILLERS is empty, "
+                "so no teacher is built; name a distiller (KD.SCHEDULE.STOP_ITER 1 ends it at once)"
+            )
         return {"teacher": None, "distillers": {}, "distillation_weights": {}}
     if len(set(names)) != len(names):
         raise ConfigError(f"KD.DISTILLERS is {names}: name each distiller once")
@@ -56,7 +61,41 @@ def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
         distillers = {
             name: build_distiller(name, options[name], student_spec, teacher.spec) for name in names
         }
+    inherit(cfg.KD.TEACHER.INHERIT, student, teacher)
     return {"teacher": teacher, "distillers": distillers, "distillation_weights": weights}
+
+
+def inherit(parts: Sequence[str], student: Mapping, teacher: FrozenTeacher) -> None:
+    """Starts parts of the student from the teacher's weights: the inheriting strategy.
+
+    As in Kang et al., "Instance-Conditional Knowledge Distillation for Object Detection" (arXiv
+    2110.12724), where neck and heads are inherited. A student that starts from scratch need not
+    learn again what a box head is.
+
+    Args:
+        parts: the starts of the names, ``KD.TEACHER.INHERIT``.
+        student: the student's parts by constructor name.
+        teacher: as it was loaded; its heritage is dropped here.
+
+    Raises:
+        ConfigError: the teacher has no such part, or the student's is another.
+    """
+    modules = {name: part for name, part in student.items() if isinstance(part, torch.nn.Module)}
+    own = {f"{n}.{key}": t for n, part in modules.items() for key, t in part.state_dict().items()}
+    for part in parts:
+        inherited = {key: t for key, t in teacher.heritage.items() if key.startswith(part)}
+        wrong = [k for k, t in inherited.items() if k not in own or own[k].shape != t.shape]
+        if not inherited or wrong:
+            example = f", e.g. {wrong[0]}" if wrong else ""
+            raise ConfigError(
+                f"KD.TEACHER.INHERIT has '{part}', of which the teacher has {len(inherited)} "
+                f"tensors; the student lacks {len(wrong)} of them or has them in another shape"
+                f"{example}; name only parts that are built alike (MODEL.FPN, .RPN, .ROI_*)"
+            )
+        for key, tensor in inherited.items():
+            own[key].copy_(tensor)
+        logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))
+    teacher.heritage = {}
 
 
 def distiller_options(cfg: CfgNode, name: str) -> dict:

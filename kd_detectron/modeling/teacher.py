@@ -67,6 +67,7 @@ class FrozenTeacher:
         self.amp = amp
         self.name = name or type(model).__name__
         self.num_parameters = sum(p.numel() for p in model.parameters())
+        self.heritage: dict[str, torch.Tensor] = {}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "FrozenTeacher":
@@ -78,6 +79,12 @@ class FrozenTeacher:
         model, input_format = load_teacher(cfg)
         name = cfg.KD.TEACHER.CONFIG_FILE
         teacher = cls(model, input_format, amp=cfg.KD.TEACHER.AMP, name=name)
+        parts = tuple(cfg.KD.TEACHER.INHERIT)
+        teacher.heritage = {
+            key: tensor.clone()
+            for key, tensor in model.state_dict().items()
+            if key.startswith(parts)
+        }
         teacher.drop_unused_heads()
         fold_batch_norm(model)
         use_fastest_memory_format(model.backbone)

@@ -13,6 +13,7 @@ from tiny import distilled_cfg, tiny_batch, tiny_cfg, write_tiny_teacher
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import DistilledRCNN, FrozenTeacher
+from kd_detectron.modeling.teacher import load_teacher
 
 
 def train_step(model, batch, seed=3):
@@ -347,3 +348,39 @@ def test_matching_teacher_checkpoint_is_loaded(tmp_path):
     expected, actual = (x.model.roi_heads.state_dict() for x in (trained, teacher))
     for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+ALIKE = ["KD.TEACHER.OPTS", ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 48]]
+
+
+def test_inherited_parts_start_as_the_teachers_and_the_others_as_without(tmp_path):
+    teacher = load_teacher(distilled_cfg(tmp_path, opts=ALIKE))[0].state_dict()
+    torch.save({"model": teacher}, tmp_path / "teacher.pth")
+    weights = ["KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
+
+    def student(opts):
+        torch.manual_seed(0)
+        model = build_model(distilled_cfg(tmp_path, opts=[*ALIKE, *weights, *opts]))
+        return model, {k: v for k, v in model.state_dict().items() if "distillers" not in k}
+
+    _, before = student([])
+    model, after = student(["KD.TEACHER.INHERIT", ["proposal_generator", "roi_heads"]])
+    inherited = ("proposal_generator", "roi_heads")
+    for key, tensor in after.items():
+        source = teacher if key.startswith(inherited) else before
+        assert torch.equal(tensor, source[key]), key
+    assert not model.teacher.heritage and model.teacher.model.proposal_generator is None
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        ([*ALIKE, "KD.TEACHER.INHERIT", ["roi_head."]], ["KD.TEACHER.INHERIT", "roi_head."]),
+        (["KD.TEACHER.INHERIT", ["roi_heads"]], ["roi_heads", "another shape", "box_head.fc1"]),
+        ([*ALIKE, "KD.TEACHER.INHERIT", ["roi_heads"], "KD.DISTILLERS", []], ["KD.DISTILLERS"]),
+    ],
+)
+def test_heritage_that_does_not_fit_is_refused(tmp_path, opts, words):
+    with pytest.raises(ConfigError) as error:
+        build_model(distilled_cfg(tmp_path, opts=opts))
+    assert all(word in str(error.value) for word in words)
