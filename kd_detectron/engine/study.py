@@ -15,7 +15,8 @@ for the next start. ``{output}`` in an option stands for the study's folder, so 
 name the teacher's checkpoint. ``--jobs N`` has N runs going at a time, in the file's order but for
 students, which wait for the run that makes their teacher. ``expected: FILE`` names the AP ranges
 that an earlier study reached (``--write-expected``); a finished run outside its range is named and
-makes the command fail.
+makes the command fail. A file with ``part_of: STUDY``, ``only: [names]``, ``seeds: [numbers]`` is
+that part of another study, in the same folders: what one has finished the other skips.
 """
 
 import argparse
@@ -41,6 +42,7 @@ from .exit_codes import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT
 from .hooks import read_metrics
 
 STUDY_KEYS = {"output", "opts", "runs", "expected"}
+PART_KEYS = {"part_of", "only", "seeds"}
 RUN_KEYS = {"name", "config", "seeds", "opts"}
 
 
@@ -99,15 +101,7 @@ def load_study(file: str, output: str | None = None) -> Study:
     Raises:
         ConfigError: no such file, an unknown key, or a config that does not exist.
     """
-    path = Path(file)
-    if not path.is_file():
-        path = config_dir() / "studies" / file
-    if not path.is_file():
-        known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
-        raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for key in content.keys() - STUDY_KEYS:
-        raise ConfigError(f"study '{file}' has an unknown key {key}{did_you_mean(key, STUDY_KEYS)}")
+    path, content = _read_study(file)
     folder = Path(output or content["output"])
     runs = []
     for entry in content["runs"]:
@@ -135,6 +129,34 @@ def load_study(file: str, output: str | None = None) -> Study:
     if expected and not expected.is_file():
         raise ConfigError(f"study '{file}': expected is {expected}, which is not there")
     return Study(folder, runs, expected)
+
+
+def _read_study(file: str) -> tuple[Path, dict]:
+    """The path and content of a study file; of a part of a study, those of the whole, cut down."""
+    path = Path(file)
+    if not path.is_file():
+        path = config_dir() / "studies" / file
+    if not path.is_file():
+        known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
+        raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    known_keys = PART_KEYS if "part_of" in content else STUDY_KEYS
+    for key in content.keys() - known_keys:
+        raise ConfigError(f"study '{file}' has an unknown key {key}{did_you_mean(key, known_keys)}")
+    if "part_of" not in content:
+        return path, content
+    whole_path, whole = _read_study(content["part_of"])
+    names = [entry["name"] for entry in whole["runs"]]
+    for name in content["only"]:
+        if name not in names:
+            raise ConfigError(
+                f"study '{file}': {name} is no run of {whole_path}{did_you_mean(name, names)}"
+            )
+    runs = [dict(entry) for entry in whole["runs"] if entry["name"] in content["only"]]
+    for entry in runs:
+        if "seeds" in entry:
+            entry["seeds"] = [seed for seed in entry["seeds"] if seed in content["seeds"]]
+    return whole_path, whole | {"runs": runs}
 
 
 def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:

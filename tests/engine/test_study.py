@@ -36,6 +36,14 @@ def test_first_seeds_of_all_runs_come_first(tmp_path):
     assert folders == ["out/a/seed3", "out/b/seed3", "out/a/seed4", "out/b/seed4"]
 
 
+def test_part_of_a_study_is_the_same_runs_in_the_same_folders():
+    whole = {str(run.folder): run for run in studies.load_study("bccd.yaml").runs}
+    part = studies.load_study("quick.yaml").runs
+    assert {run.name for run in part} >= {"teacher", "baseline", "ckd_reviewkd"}
+    assert len(part) == len({run.name for run in part})
+    assert all(run == whole[str(run.folder)] for run in part)
+
+
 def test_paper_ablations_stand_ready():
     runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
     ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}
@@ -51,11 +59,12 @@ def test_paper_ablations_stand_ready():
         ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
         ("rons: []", ["rons", "runs"]),
         ("expected: none.json\nruns: []", ["expected", "none.json"]),
+        ("part_of: demo.yaml\nonly: [techer]\nseeds: [1]", ["techer", "teacher"]),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, content, words):
     file = tmp_path / "study.yaml"
-    file.write_text(f"output: {tmp_path}\n{content}\n")
+    file.write_text(content if "part_of" in content else f"output: {tmp_path}\n{content}\n")
     with pytest.raises(ConfigError) as error:
         studies.load_study(str(file))
     assert all(word in str(error.value) for word in words)
