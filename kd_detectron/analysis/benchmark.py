@@ -39,6 +39,7 @@ from tabulate import tabulate
 
 from kd_detectron.engine.train_loop import PRECISIONS
 from kd_detectron.errors import ConfigError
+from kd_detectron.modeling.fold import use_fastest_memory_format
 from kd_detectron.modeling.teacher import FrozenTeacher, load_teacher
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -99,6 +100,8 @@ class Step:
         cfg.KD.ENABLED = distilled
         torch.manual_seed(_SEED)
         self.model = build_model(cfg).train()
+        if cfg.SOLVER.AMP.ENABLED:  # As the trainer does.
+            use_fastest_memory_format(self.model.backbone)
         self._batch = batch
         self._autocast = autocast_options(cfg)
 

@@ -43,6 +43,13 @@ from .hooks import read_metrics
 
 STUDY_KEYS = {"output", "opts", "runs", "expected"}
 PART_KEYS = {"part_of", "only", "seeds"}
+# glibc returns freed memory to the system and has it mapped anew in the next step, which can double
+# the time of a step on the CPU (docs/performance.md).
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
 RUN_KEYS = {"name", "config", "seeds", "opts"}
 
 
@@ -247,7 +254,7 @@ class _ActiveRun:
                 command,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                env={"OMP_NUM_THREADS": str(threads), **KEEP_FREED_MEMORY, **os.environ},
             )
         name = "/".join(run.folder.parts[-2:]) if run.folder.name != run.name else run.name
         self._bar = tqdm(total=run.max_iter, initial=run.iterations_done(), unit="it", desc=name)
