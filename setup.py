@@ -18,7 +18,7 @@ setup(
     ],
     package_dir={"kd_detectron.configs": "configs"},
     package_data={
-        "kd_detectron.configs": ["**/*.yaml", "lazy/*.py"],
+        "kd_detectron.configs": ["**/*.yaml", "studies/expected/*.json", "lazy/*.py"],
         "kd_detectron.analysis": ["*.json"],
     },
     python_requires=">=3.10",
