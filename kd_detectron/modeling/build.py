@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import torch
 from detectron2.config import CfgNode
+from torch import nn
 
 from kd_detectron.distillers import DISTILLER_REGISTRY, ModelSpec, build_distiller
 from kd_detectron.errors import ConfigError
 
 from .taps import anchor_levels_of
-from .teacher import FrozenTeacher, model_spec
+from .teacher import FrozenTeacher, load_teacher, model_spec
 
 logger = logging.getLogger(__name__)
 
@@ -54,18 +55,19 @@ def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
         # Fail on a wrong name or option before minutes of teacher download.
         for name in names:
             build_distiller(name, options[name], student_spec, student_spec)
-        teacher = FrozenTeacher.from_config(cfg)
+        model, input_format = load_teacher(cfg)
+        inherit(cfg.KD.TEACHER.INHERIT, student, model)
+        teacher = FrozenTeacher.from_model(model, input_format, cfg)
         for name in names:
             requires = DISTILLER_REGISTRY.get(name).requires
             check_fits(name, requires, student_model, student_spec, teacher)
         distillers = {
             name: build_distiller(name, options[name], student_spec, teacher.spec) for name in names
         }
-    inherit(cfg.KD.TEACHER.INHERIT, student, teacher)
     return {"teacher": teacher, "distillers": distillers, "distillation_weights": weights}
 
 
-def inherit(parts: Sequence[str], student: Mapping, teacher: FrozenTeacher) -> None:
+def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
     """Starts parts of the student from the teacher's weights: the inheriting strategy.
 
     As in Kang et al., "Instance-Conditional Knowledge Distillation for Object Detection" (arXiv
@@ -75,15 +77,15 @@ def inherit(parts: Sequence[str], student: Mapping, teacher: FrozenTeacher) -> N
     Args:
         parts: the starts of the names, ``KD.TEACHER.INHERIT``.
         student: the student's parts by constructor name.
-        teacher: as it was loaded; its heritage is dropped here.
+        teacher: the whole detector, as :func:`load_teacher` returns it.
 
     Raises:
         ConfigError: the teacher has no such part, or the student's is another.
     """
-    modules = {name: part for name, part in student.items() if isinstance(part, torch.nn.Module)}
+    modules = {name: part for name, part in student.items() if isinstance(part, nn.Module)}
     own = {f"{n}.{key}": t for n, part in modules.items() for key, t in part.state_dict().items()}
     for part in parts:
-        inherited = {key: t for key, t in teacher.heritage.items() if key.startswith(part)}
+        inherited = {key: t for key, t in teacher.state_dict().items() if key.startswith(part)}
         wrong = [k for k, t in inherited.items() if k not in own or own[k].shape != t.shape]
         if not inherited or wrong:
             example = f", e.g. {wrong[0]}" if wrong else ""
@@ -95,7 +97,6 @@ def inherit(parts: Sequence[str], student: Mapping, teacher: FrozenTeacher) -> N
         for key, tensor in inherited.items():
             own[key].copy_(tensor)
         logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))
-    teacher.heritage = {}
 
 
 def distiller_options(cfg: CfgNode, name: str) -> dict:

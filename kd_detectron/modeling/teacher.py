@@ -67,7 +67,6 @@ class FrozenTeacher:
         self.amp = amp
         self.name = name or type(model).__name__
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.heritage: dict[str, torch.Tensor] = {}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "FrozenTeacher":
@@ -76,15 +75,13 @@ class FrozenTeacher:
         Raises:
             ConfigError: its config or checkpoint is not found, unreadable, or does not fit.
         """
-        model, input_format = load_teacher(cfg)
+        return cls.from_model(*load_teacher(cfg), cfg)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, input_format: str, cfg: CfgNode) -> "FrozenTeacher":
+        """Freezes what :func:`load_teacher` returned, without the parts that are never run."""
         name = cfg.KD.TEACHER.CONFIG_FILE
         teacher = cls(model, input_format, amp=cfg.KD.TEACHER.AMP, name=name)
-        parts = tuple(cfg.KD.TEACHER.INHERIT)
-        teacher.heritage = {
-            key: tensor.clone()
-            for key, tensor in model.state_dict().items()
-            if key.startswith(parts)
-        }
         teacher.drop_unused_heads()
         fold_batch_norm(model)
         use_fastest_memory_format(model.backbone)

@@ -369,7 +369,7 @@ def test_inherited_parts_start_as_the_teachers_and_the_others_as_without(tmp_pat
     for key, tensor in after.items():
         source = teacher if key.startswith(inherited) else before
         assert torch.equal(tensor, source[key]), key
-    assert not model.teacher.heritage and model.teacher.model.proposal_generator is None
+    assert model.teacher.model.proposal_generator is None
 
 
 @pytest.mark.parametrize(
