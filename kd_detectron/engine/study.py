@@ -207,6 +207,8 @@ def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
                         f"FAILED with exit code {code}: {one.run.folder}; last lines of {log}:"
                     )
                     tqdm.write("".join(f"    {line}\n" for line in last_lines(log)))
+                else:
+                    tqdm.write(f"done: {one.run.folder}, {one.shown}")
     finally:
         # Only after an interrupt are there any: each writes its checkpoint and ends.
         for one in active:
@@ -257,7 +259,15 @@ class _ActiveRun:
                 env={"OMP_NUM_THREADS": str(threads), **KEEP_FREED_MEMORY, **os.environ},
             )
         name = "/".join(run.folder.parts[-2:]) if run.folder.name != run.name else run.name
-        self._bar = tqdm(total=run.max_iter, initial=run.iterations_done(), unit="it", desc=name)
+        # disable=None: no bars in a file, which one line for each run suits better.
+        self._bar = tqdm(
+            total=run.max_iter,
+            initial=run.iterations_done(),
+            unit="it",
+            desc=name,
+            disable=None,
+        )
+        self.shown = ""
 
     def poll(self) -> int | None:
         """Moves the progress bar on; returns the exit code, None while the process runs."""
@@ -267,7 +277,8 @@ class _ActiveRun:
             self._bar.update(self.run.iterations_done() - self._bar.n)
             aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
             shown = {"loss": records[-1].get("total_loss"), "AP": aps[-1] if aps else None}
-            self._bar.set_postfix({k: f"{v:.3g}" for k, v in shown.items() if v is not None})
+            self.shown = ", ".join(f"{k}={v:.3g}" for k, v in shown.items() if v is not None)
+            self._bar.set_postfix_str(self.shown)
         if code is not None:
             self._bar.close()
         return code
