@@ -22,7 +22,6 @@ import argparse
 import io
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -37,6 +36,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from kd_detectron.checkpoint import atomic_open, export_student, find_run, load_student
+from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -199,15 +199,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--image", help="an image with objects, to trace on (torchscript, onnx)")
     options = parser.parse_args(arguments)
     setup_logger(name="kd_detectron")
-    try:
+
+    def export() -> None:
         if options.format == "detectron2":
             export_student(options.run, options.out, cfg=options.config_file)
         elif options.image is None:
             raise ConfigError(f"--format {options.format} needs --image, an image to trace on")
         else:
-            export = export_torchscript if options.format == "torchscript" else export_onnx
-            export(options.run, options.out, options.image, cfg=options.config_file)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+            traced = export_torchscript if options.format == "torchscript" else export_onnx
+            traced(options.run, options.out, options.image, cfg=options.config_file)
+
+    return exit_code(export)

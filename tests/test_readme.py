@@ -17,7 +17,7 @@ sys.path.insert(0, sys.argv[2])
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from kd_detectron.config import get_config
-from kd_detectron.engine.main import import_user_code
+from kd_detectron.commands import import_user_code
 from tiny import tiny_batch
 import_user_code(sys.argv[1])
 model = build_model(get_config(sys.argv[3]))

@@ -22,9 +22,8 @@ from kd_detectron.analysis.benchmark import (
     run_benchmark,
     save_report,
 )
+from kd_detectron.commands import add_import_option, exit_code, import_user_code
 from kd_detectron.config import get_config
-from kd_detectron.engine.main import import_user_code
-from kd_detectron.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,14 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also time the teacher's backbone with its BatchNorm not folded into convolutions",
     )
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the report here")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a python file or module to import first, e.g. one that registers your distiller",
-    )
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     return parser
 
@@ -101,15 +93,9 @@ def benchmark(args: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
-    try:
-        if args.compare:
-            print(compare_reports([load_report(path) for path in args.compare]))
-        else:
-            print(benchmark(args))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.compare:
+        return exit_code(lambda: print(compare_reports([load_report(p) for p in args.compare])))
+    return exit_code(lambda: print(benchmark(args)))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ import torch
 from detectron2.utils.events import EventStorage
 
 from kd_detectron.analysis.gradients import format_gradient_norms, gradient_norms
+from kd_detectron.commands import add_import_option, exit_code, import_user_code
 from kd_detectron.config import get_config
 from kd_detectron.engine.checks import check_meta_architecture
-from kd_detectron.engine.main import check_data, import_user_code
+from kd_detectron.engine.main import check_data
 from kd_detectron.engine.trainer import DistillationTrainer
-from kd_detectron.errors import ConfigError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -30,14 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config-file", required=True, metavar="NAME")
     parser.add_argument("--batches", type=int, default=8, help="training batches (%(default)s)")
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a python file or module to import first, e.g. one that registers your distiller",
-    )
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     return parser
 
@@ -60,12 +53,7 @@ def measure(args: argparse.Namespace) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
-    try:
-        print(measure(args))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print(measure(args)))
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from kd_detectron.analysis.runs import load_run
 from kd_detectron.analysis.tables import build_table, load_teacher, published_numbers
-from kd_detectron.errors import ConfigError
+from kd_detectron.commands import exit_code
 
 
-def main(arguments: list[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,23 +38,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--markdown", type=Path, metavar="FILE", help="also write the table as Markdown"
     )
-    args = parser.parse_args(arguments)
-    try:
-        table = build_table(
-            [load_run(path) for path in args.runs],
-            baselines=[load_run(path) for path in args.baseline],
-            teachers=[load_teacher(path) for path in args.teacher],
-            published=published_numbers(),
-        )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def write_table(args: argparse.Namespace) -> None:
+    table = build_table(
+        [load_run(path) for path in args.runs],
+        baselines=[load_run(path) for path in args.baseline],
+        teachers=[load_teacher(path) for path in args.teacher],
+        published=published_numbers(),
+    )
     print(table.text())
     if args.csv:
         args.csv.write_text(table.csv(), encoding="utf-8")
     if args.markdown:
         args.markdown.write_text(table.markdown() + "\n", encoding="utf-8")
-    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = build_parser().parse_args(arguments)
+    return exit_code(lambda: write_table(args))
 
 
 if __name__ == "__main__":

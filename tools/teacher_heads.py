@@ -16,10 +16,10 @@ from detectron2.utils.logger import setup_logger
 
 from kd_detectron.analysis.transplant import TeacherHeadsOnFusedFeatures
 from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.commands import exit_code
 from kd_detectron.config import get_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.engine.trainer import DistillationTrainer
-from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.teacher import load_teacher
 
 
@@ -42,12 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     setup_logger()
     setup_logger(name="kd_detectron")
-    try:
-        print_csv_format(evaluate(args.run))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: print_csv_format(evaluate(args.run)))
 
 
 if __name__ == "__main__":

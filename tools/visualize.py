@@ -23,6 +23,7 @@ from kd_detectron.analysis.logits import draw_correlations, draw_tsne
 from kd_detectron.analysis.predictions import draw_predictions
 from kd_detectron.analysis.runs import load_run
 from kd_detectron.analysis.tables import load_teacher
+from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
 
 
@@ -140,14 +141,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, images: int) -> None
 
 def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(arguments)
-    try:
+
+    def draw() -> None:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.function(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"wrote {args.output}")
-    return 0
+        print(f"wrote {args.output}")
+
+    return exit_code(draw)
 
 
 if __name__ == "__main__":

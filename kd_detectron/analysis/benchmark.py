@@ -428,7 +428,7 @@ def measure_memory(
 
 def _peak_of(name: str, path: str, imports: Sequence[str]) -> int:
     """Runs in the child process."""
-    from kd_detectron.engine.main import import_user_code
+    from kd_detectron.commands import import_user_code
 
     for module in imports:
         import_user_code(module)

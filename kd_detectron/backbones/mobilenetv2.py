@@ -24,6 +24,7 @@ from kd_detectron.backbones.pyramid import (
     STAGE_STRIDES,
     build_pyramid,
     check_norm,
+    check_three_channels,
     pyramid_stages,
 )
 from kd_detectron.errors import ConfigError
@@ -93,12 +94,8 @@ class MobileNetV2(Backbone):
         return outputs
 
 
-def _build(cfg: CfgNode, input_shape: ShapeSpec, *, retinanet: bool) -> FPN:
-    if input_shape.channels != 3:
-        raise ConfigError(
-            f"MODEL.PIXEL_MEAN has {input_shape.channels} channels and MobileNetV2 takes 3: set"
-            " three values, or use another MODEL.BACKBONE.NAME"
-        )
+def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
+    check_three_channels(cfg)
     stages = pyramid_stages(cfg)
     bottom_up = MobileNetV2(
         width_mult=cfg.MODEL.MOBILENETV2.WIDTH_MULT,
@@ -116,10 +113,10 @@ def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ConfigError: a value of these nodes cannot be used.
     """
-    return _build(cfg, input_shape, retinanet=False)
+    return _build(cfg, retinanet=False)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return _build(cfg, input_shape, retinanet=True)
+    return _build(cfg, retinanet=True)

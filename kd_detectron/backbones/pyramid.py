@@ -25,6 +25,26 @@ def check_norm(norm: str) -> None:
         )
 
 
+def check_three_channels(cfg: CfgNode) -> None:
+    """Raises ConfigError where ``MODEL.PIXEL_MEAN`` says other images than of 3 channels."""
+    if len(cfg.MODEL.PIXEL_MEAN) != 3:
+        raise ConfigError(
+            f"MODEL.PIXEL_MEAN has {len(cfg.MODEL.PIXEL_MEAN)} values and MODEL.BACKBONE.NAME "
+            f"'{cfg.MODEL.BACKBONE.NAME}' takes images of 3 channels: give it three, or use "
+            "another backbone"
+        )
+
+
+def check_not_frozen(cfg: CfgNode) -> None:
+    """Raises ConfigError for stages to freeze in a network whose stages are not known."""
+    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
+            f" MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}': set it to 0 (MODEL.RESNETS.NORM"
+            " 'FrozenBN' freezes its BatchNorm)"
+        )
+
+
 def pyramid_stages(cfg: CfgNode) -> list[str]:
     """Returns ``MODEL.FPN.IN_FEATURES``, checked.
 

@@ -30,6 +30,8 @@ from kd_detectron.backbones.pyramid import (
     STAGE_STRIDES,
     build_pyramid,
     check_norm,
+    check_not_frozen,
+    check_three_channels,
     pyramid_stages,
 )
 from kd_detectron.errors import ConfigError
@@ -174,17 +176,9 @@ def _warn_of_other_normalisation(cfg: CfgNode, network: nn.Module) -> None:
             )
 
 
-def _build(cfg: CfgNode, input_shape: ShapeSpec, *, retinanet: bool) -> FPN:
-    if input_shape.channels != 3:
-        raise ConfigError(
-            f"MODEL.PIXEL_MEAN has {input_shape.channels} values and timm's networks take images"
-            " of 3 channels: give it three"
-        )
-    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
-        raise ConfigError(
-            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
-            " a timm backbone: set it to 0 (MODEL.RESNETS.NORM 'FrozenBN' freezes its BatchNorm)"
-        )
+def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
+    check_three_channels(cfg)
+    check_not_frozen(cfg)
     stages = pyramid_stages(cfg)
     bottom_up = TimmBackbone(
         cfg.MODEL.TIMM.NAME,
@@ -204,10 +198,10 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ConfigError: a value of these nodes cannot be used, or timm is not installed.
     """
-    return _build(cfg, input_shape, retinanet=False)
+    return _build(cfg, retinanet=False)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return _build(cfg, input_shape, retinanet=True)
+    return _build(cfg, retinanet=True)

@@ -30,6 +30,8 @@ from kd_detectron.backbones.pyramid import (
     STAGE_STRIDES,
     build_pyramid,
     check_norm,
+    check_not_frozen,
+    check_three_channels,
     pyramid_stages,
 )
 from kd_detectron.errors import ConfigError, did_you_mean
@@ -156,18 +158,9 @@ def _last_blocks(network: nn.Module, name: str) -> dict[int, tuple[str, int]]:
     return found
 
 
-def _build(cfg: CfgNode, input_shape: ShapeSpec, *, retinanet: bool) -> FPN:
-    if input_shape.channels != 3:
-        raise ConfigError(
-            f"MODEL.PIXEL_MEAN has {input_shape.channels} values and torchvision's networks take"
-            " images of 3 channels: give it three"
-        )
-    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
-        raise ConfigError(
-            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
-            " a torchvision backbone: set it to 0 (MODEL.RESNETS.NORM 'FrozenBN' freezes its"
-            " BatchNorm)"
-        )
+def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
+    check_three_channels(cfg)
+    check_not_frozen(cfg)
     stages = pyramid_stages(cfg)
     bottom_up = TorchvisionBackbone(
         cfg.MODEL.TORCHVISION.NAME, norm=cfg.MODEL.RESNETS.NORM, out_features=stages
@@ -182,10 +175,10 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ConfigError: a value of these nodes cannot be used.
     """
-    return _build(cfg, input_shape, retinanet=False)
+    return _build(cfg, retinanet=False)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return _build(cfg, input_shape, retinanet=True)
+    return _build(cfg, retinanet=True)

@@ -15,10 +15,10 @@ was never released; see ``docs/methods.md``.
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from kd_detectron.losses import fgfi_loss, fgfi_mask
 
+from .adapters import LevelAdapters
 from .base import DISTILLER_REGISTRY, Distiller
 from .checks import check_number, level_channels
 
@@ -40,10 +40,7 @@ class FGFI(Distiller):
         """
         super().__init__()
         self.psi = check_number("KD.FGFI.PSI", psi, at_least=0, below=1)
-        self.adapters = nn.ModuleList(
-            nn.Conv2d(student, teacher, kernel_size=3, padding=1)
-            for student, teacher in zip(in_channels, out_channels, strict=True)
-        )
+        self.adapters = LevelAdapters(in_channels, out_channels, kernel_size=3)
 
     @classmethod
     def from_specs(cls, student, teacher, **options):
@@ -51,11 +48,7 @@ class FGFI(Distiller):
 
     def forward(self, context):
         features = context.student.features
-        with torch.autocast(next(iter(features.values())).device.type, enabled=False):
-            adapted = [
-                adapter(feature.float())
-                for adapter, feature in zip(self.adapters, features.values(), strict=True)
-            ]
+        adapted = self.adapters(features)
         masks = [
             torch.stack(
                 [

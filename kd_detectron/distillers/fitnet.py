@@ -7,11 +7,9 @@ released; see ``docs/methods.md`` for what was chosen.
 
 from collections.abc import Sequence
 
-import torch
-from torch import nn
-
 from kd_detectron.losses import fitnet_loss
 
+from .adapters import LevelAdapters
 from .base import DISTILLER_REGISTRY, Distiller
 from .checks import level_channels
 
@@ -29,10 +27,7 @@ class FitNet(Distiller):
             out_channels: channels of the teacher's levels, in the same order.
         """
         super().__init__()
-        self.adapters = nn.ModuleList(
-            nn.Conv2d(student, teacher, kernel_size=1)
-            for student, teacher in zip(in_channels, out_channels, strict=True)
-        )
+        self.adapters = LevelAdapters(in_channels, out_channels, kernel_size=1)
 
     @classmethod
     def from_specs(cls, student, teacher, **options):
@@ -40,11 +35,7 @@ class FitNet(Distiller):
 
     def forward(self, context):
         features = context.student.features
-        with torch.autocast(next(iter(features.values())).device.type, enabled=False):
-            adapted = [
-                adapter(feature.float())
-                for adapter, feature in zip(self.adapters, features.values(), strict=True)
-            ]
+        adapted = self.adapters(features)
         return {
             "loss_fitnet": fitnet_loss(adapted, [context.teacher.features[k] for k in features])
         }

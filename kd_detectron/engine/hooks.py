@@ -25,9 +25,8 @@ from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
 
 from kd_detectron.checkpoint import export_student
+from kd_detectron.commands import INTERRUPTED_EXIT_CODE
 from kd_detectron.errors import ConfigError
-
-from .exit_codes import INTERRUPTED_EXIT_CODE
 
 logger = logging.getLogger(__name__)
 

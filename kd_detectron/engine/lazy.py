@@ -35,6 +35,7 @@ from kd_detectron.data import ResumableLoader, build_lazy_train_loader
 from kd_detectron.data.checks import UNKNOWN_CLASSES
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
 from kd_detectron.modeling.build import check_fits
+from kd_detectron.modeling.lazy_teacher import run_lazy_file
 from kd_detectron.modeling.teacher import model_spec
 
 from .checks import check_same_lazy_run, warn_of_pixel_statistics
@@ -153,12 +154,7 @@ def read_config(name: str, opts: list[str]) -> DictConfig:
             it.
     """
     path = find_config(name)
-    try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:  # Any Python error: the file is a program.
-        raise ConfigError(
-            f"--config-file '{path}' cannot be read ({type(error).__name__}: {error})"
-        ) from error
+    cfg = run_lazy_file(path, key="--config-file")
     missing = [part for part in PARTS if part not in cfg]
     if missing:
         raise ConfigError(

@@ -10,8 +10,6 @@ one sentence and exit code 2; ``--debug`` shows the traceback.
 """
 
 import contextlib
-import importlib
-import importlib.util
 import logging
 import os
 import resource
@@ -32,6 +30,12 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from kd_detectron.checkpoint import CheckpointWriteError, DistillationCheckpointer
+from kd_detectron.commands import (
+    FAILED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    add_import_option,
+    import_user_code,
+)
 from kd_detectron.config import find_config, get_config
 from kd_detectron.data.checks import check_datasets
 from kd_detectron.data.coco_format import register_coco_format
@@ -44,7 +48,6 @@ from .checks import (
     check_same_run,
     warn_of_pixel_statistics,
 )
-from .exit_codes import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import Interrupted
 from .trainer import DistillationTrainer, check_evaluators, unwrap
 
@@ -64,14 +67,7 @@ def argument_parser():
         action="store_true",
         help="evaluate the teacher of KD.TEACHER on DATASETS.TEST and stop",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a python file or module to import first, e.g. one that registers your distiller",
-    )
+    add_import_option(parser)
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
     return parser
 
@@ -186,21 +182,6 @@ def keep_run_config(cfg: CfgNode):
     yield
     if before is not None and comm.is_main_process():
         path.write_bytes(before)
-
-
-def import_user_code(name: str) -> None:
-    """Imports a module by name, or a ``.py`` file by path."""
-    if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
-    path = Path(name)
-    if not path.is_file():
-        raise ConfigError(f"--import '{name}' is not a file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    # Registered by name first, so that its classes can be pickled.
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
 
 
 def check_augmentation(cfg: CfgNode) -> None:

@@ -35,10 +35,10 @@ from tqdm import tqdm
 from kd_detectron.analysis.expected import outside_expected, write_expected
 from kd_detectron.analysis.report import TEACHER, write_report
 from kd_detectron.analysis.runs import Run, load_run
+from kd_detectron.commands import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.errors import ConfigError, did_you_mean
 
-from .exit_codes import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from .hooks import read_metrics
 
 STUDY_KEYS = {"output", "opts", "runs", "expected"}

@@ -25,12 +25,7 @@ def read_lazy_config(path: str, opts: list) -> DictConfig:
     Raises:
         ConfigError: the file cannot be run, has no ``model``, or an override fits nothing in it.
     """
-    try:
-        cfg = LazyConfig.load(path)
-    except Exception as error:  # Any Python error: the file is a program.
-        raise ConfigError(
-            f"KD.TEACHER.CONFIG_FILE '{path}' cannot be read ({type(error).__name__}: {error})"
-        ) from error
+    cfg = run_lazy_file(path, key="KD.TEACHER.CONFIG_FILE")
     if "model" not in cfg:
         raise ConfigError(
             f"KD.TEACHER.CONFIG_FILE '{path}' defines no 'model'; a LazyConfig of a detector does"
@@ -47,6 +42,20 @@ def read_lazy_config(path: str, opts: list) -> DictConfig:
             )
         OmegaConf.update(cfg, key, value)
     return cfg
+
+
+def run_lazy_file(path: str, *, key: str) -> DictConfig:
+    """What a LazyConfig file defines; ``key`` named the file.
+
+    Raises:
+        ConfigError: the file cannot be run.
+    """
+    try:
+        return LazyConfig.load(path)
+    except Exception as error:  # Any Python error: the file is a program.
+        raise ConfigError(
+            f"{key} '{path}' cannot be read ({type(error).__name__}: {error})"
+        ) from error
 
 
 def lazy_weights(cfg: DictConfig) -> str:

@@ -103,3 +103,18 @@ def make_context():
         )
 
     return make
+
+
+@pytest.fixture
+def embed():
+    """``embed(distiller, context, dim)``: both models' box features through its embeddings."""
+
+    def embedded(distiller, context, dim):
+        layers = distiller.student_embedding, distiller.teacher_embedding
+        assert [tuple(layer.weight.shape) for layer in layers] == [(dim, 6), (dim, 7)]
+        return [
+            side.box_features @ layer.weight.T + layer.bias
+            for side, layer in zip((context.student, context.teacher), layers, strict=True)
+        ]
+
+    return embedded

@@ -10,17 +10,12 @@ from kd_detectron.losses import crd_loss
 STUDENT, TEACHER = ModelSpec(box_channels=6), ModelSpec(box_channels=7)
 
 
-def test_loss_is_crd_of_both_models_embedded_box_features_by_assigned_class(make_context):
+def test_loss_is_crd_of_both_models_embedded_box_features_by_assigned_class(make_context, embed):
     context = make_context()
     options = {"EMBED_DIM": 5, "TEMPERATURE": 0.3}
     distiller = build_distiller("CRD", options, STUDENT, TEACHER)
     losses = distiller(context)
-    layers = distiller.student_embedding, distiller.teacher_embedding
-    assert [tuple(layer.weight.shape) for layer in layers] == [(5, 6), (5, 7)]
-    student, teacher = (
-        side.box_features @ layer.weight.T + layer.bias
-        for side, layer in zip((context.student, context.teacher), layers, strict=True)
-    )
+    student, teacher = embed(distiller, context, 5)
     assert set(losses) == {"loss_crd"}
     expected = crd_loss(student, teacher, context.targets, temperature=0.3)
     torch.testing.assert_close(losses["loss_crd"], expected)

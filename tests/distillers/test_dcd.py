@@ -10,17 +10,12 @@ from kd_detectron.losses import dcd_loss
 STUDENT, TEACHER = ModelSpec(box_channels=6), ModelSpec(box_channels=7)
 
 
-def test_loss_is_dcd_of_both_models_embedded_box_features(make_context):
+def test_loss_is_dcd_of_both_models_embedded_box_features(make_context, embed):
     context = make_context()
     options = {"EMBED_DIM": 5, "CONSISTENCY_WEIGHT": 0.3}
     distiller = build_distiller("DCD", options, STUDENT, TEACHER)
     losses = distiller(context)
-    layers = distiller.student_embedding, distiller.teacher_embedding
-    assert [tuple(layer.weight.shape) for layer in layers] == [(5, 6), (5, 7)]
-    student, teacher = (
-        side.box_features @ layer.weight.T + layer.bias
-        for side, layer in zip((context.student, context.teacher), layers, strict=True)
-    )
+    student, teacher = embed(distiller, context, 5)
     expected = dcd_loss(
         student, teacher, torch.tensor(1.0), torch.tensor(0.0), consistency_weight=0.3
     )
