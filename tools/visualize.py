@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Pictures of runs: each subcommand writes one image file.
 
+    python tools/visualize.py ap          output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
     python tools/visualize.py curves      output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
     python tools/visualize.py predictions output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
     python tools/visualize.py cam         output/baseline_rcnn_r18 output/ckd_rcnn_r101_r18
@@ -16,21 +17,33 @@ import sys
 from pathlib import Path
 
 from kd_detectron.analysis import models as loading
+from kd_detectron.analysis.ap import plot_ap
 from kd_detectron.analysis.cams import draw_cams
 from kd_detectron.analysis.curves import plot_curves
 from kd_detectron.analysis.features import draw_feature_differences
 from kd_detectron.analysis.logits import draw_correlations, draw_tsne
 from kd_detectron.analysis.predictions import draw_predictions
-from kd_detectron.analysis.runs import load_run
+from kd_detectron.analysis.runs import Run, load_run
 from kd_detectron.analysis.tables import load_teacher
 from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
 
 
+def ap(args: argparse.Namespace) -> None:
+    groups: dict[str, list[Run]] = {}
+    for run in map(load_run, args.runs):
+        groups.setdefault(run.method, []).append(run)
+    plot_ap(groups, args.output, teacher_ap=teacher_ap(args))
+
+
 def curves(args: argparse.Namespace) -> None:
-    teacher = load_teacher(args.teacher).results if args.teacher else {}
-    teacher_ap = {task: values["AP"] for task, values in teacher.items() if "AP" in values}
-    plot_curves([load_run(run) for run in args.runs], args.output, teacher_ap=teacher_ap)
+    runs = [load_run(run) for run in args.runs]
+    plot_curves(runs, args.output, teacher_ap=teacher_ap(args))
+
+
+def teacher_ap(args: argparse.Namespace) -> dict[str, float]:
+    results = load_teacher(args.teacher).results if args.teacher else {}
+    return {task: values["AP"] for task, values in results.items() if "AP" in values}
 
 
 def predictions(args: argparse.Namespace) -> None:
@@ -101,8 +114,12 @@ def build_parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command(curves, "AP and every loss over the iterations")
-    sub.add_argument("--teacher", metavar="RUN|JSON", help="draws the teacher's AP as a line")
+    for function, summary in (
+        (ap, "final AP of each method, a dot a seed"),
+        (curves, "AP and every loss over the iterations"),
+    ):
+        sub = command(function, summary)
+        sub.add_argument("--teacher", metavar="RUN|JSON", help="draws the teacher's AP as a line")
 
     sub = command(predictions, "detections beside the ground truth")
     add_model_arguments(sub, images=4)

@@ -93,6 +93,7 @@ class Row:
     pair: str
     detector: str
     runs: int
+    distilled: bool
     metrics: dict[tuple[str, str], Statistic]
     gain: dict[str, float] = field(default_factory=dict)
     gap_closed: dict[str, float] = field(default_factory=dict)
@@ -166,6 +167,7 @@ def build_table(
     baselines: Sequence[Run] = (),
     teachers: Sequence[TeacherResult] = (),
     published: Mapping | None = None,
+    names: Mapping[Path, str] = {},
 ) -> ResultTable:
     """Compares runs.
 
@@ -175,6 +177,8 @@ def build_table(
             over the undistilled ones among ``runs``.
         teachers: the teachers' AP, for the share of the gap that is closed; they get a row each.
         published: the published numbers, as ``published_numbers`` returns them; None shows none.
+        names: what to call the row of a run, by its folder; by default its method, and what sets it
+            apart from others of that method.
 
     Returns:
         The table: for each detector teachers first, then by student baseline and distilled runs.
@@ -198,11 +202,13 @@ def build_table(
     rows = [_teacher_row(teacher, groups[0][0], published) for teacher in teachers]
     for group, label in zip(groups, _labels(groups), strict=True):
         run = group[0]
+        label = names.get(run.path, label)
         row = Row(
             method=label,
             pair=run.pair,
             detector=run.detector,
             runs=len(group),
+            distilled=run.method != BASELINE,
             metrics=_statistics(group),
             seconds=Statistic.of(run.seconds for run in group),
         )
@@ -229,7 +235,7 @@ def build_table(
             row.detector,
             row.method != TEACHER,
             row.pair.split("-")[-1],
-            not row.method.startswith(BASELINE),
+            row.distilled,
             row.pair,
         )
     )
@@ -457,6 +463,7 @@ def _teacher_row(teacher: TeacherResult, run: Run, published: Mapping | None) ->
         pair=teacher.name or MISSING,
         detector=detector,
         runs=1,
+        distilled=False,
         metrics={
             (task, metric): Statistic(value, None, 1)
             for task, values in teacher.results.items()

@@ -305,10 +305,10 @@ def report(study: Study) -> None:
 
     The run named "teacher", if there is one, is the teacher of the table and the pictures.
     """
-    teacher = next((r.folder for r in study.runs if r.name == TEACHER and r.finished), None)
-    students = [load_run(run.folder) for run in study.runs if run.finished and run.name != TEACHER]
+    students = study.finished_runs()
+    teacher = students.pop(TEACHER, [None])[0]
     if students:
-        print(write_report(study.output, students, teacher=teacher))
+        print(write_report(study.output, students, teacher=teacher and teacher.path))
         print(f"\ntable and pictures: {study.output}")
 
 

@@ -45,6 +45,7 @@ def runs(write_trained_run):
         ["features", "--images", "3.png", "1.png"],
         ["logits"],
         ["logits", "--tsne"],
+        ["ap"],
         ["curves"],
     ],
     ids=" ".join,
