@@ -137,16 +137,18 @@ class DistillerAlone:
 
 
 class TeacherPart:
-    """One part of the teacher's forward pass."""
+    """One part of the teacher's forward pass, under the autocast of the student's step."""
 
-    def __init__(self, run: Callable):
+    def __init__(self, run: Callable, autocast: dict):
         self._run = run
+        self._autocast = autocast
 
     def reset(self) -> None:
         pass
 
     def __call__(self) -> None:
-        self._run()
+        with torch.autocast(**self._autocast):
+            self._run()
 
 
 def autocast_options(cfg: CfgNode) -> dict:
@@ -206,21 +208,19 @@ def tensors_of(values: dict) -> list[torch.Tensor]:
 
 
 def teacher_parts(
-    teacher: FrozenTeacher, context: SimpleNamespace, batch: list[dict], student_format: str
+    teacher: FrozenTeacher, context: SimpleNamespace, batch: list[dict], cfg: CfgNode
 ) -> dict[str, TeacherPart]:
     """The parts of the teacher that the distilled step ran, by name."""
     recorded = vars(context.teacher)
-    parts = {}
+    runs: dict[str, Callable] = {}
     if "features" in recorded:
-        parts["teacher backbone"] = TeacherPart(lambda: teacher.features(batch, student_format))
+        runs["teacher backbone"] = lambda: teacher.features(batch, cfg.INPUT.FORMAT)
     if "box_features" in recorded:
         boxes = [Boxes(tensor) for tensor in context.proposal_boxes]
-        parts["teacher box head"] = TeacherPart(
-            lambda: teacher.box_features(recorded["features"], boxes)
-        )
+        runs["teacher box head"] = lambda: teacher.box_features(recorded["features"], boxes)
     if "logits" in recorded:
-        parts["teacher predictor"] = TeacherPart(lambda: teacher.logits(recorded["box_features"]))
-    return parts
+        runs["teacher predictor"] = lambda: teacher.logits(recorded["box_features"])
+    return {name: TeacherPart(run, autocast_options(cfg)) for name, run in runs.items()}
 
 
 def time_parts(
@@ -302,7 +302,7 @@ def run_benchmark(
     distilled = Step(cfg, batch, distilled=True)
     context = record_context(distilled)
     model, autocast = distilled.model, autocast_options(cfg)
-    teacher = teacher_parts(model.teacher, context, batch, cfg.INPUT.FORMAT)
+    teacher = teacher_parts(model.teacher, context, batch, cfg)
     distillers = {
         distiller_name: DistillerAlone(distiller, context, autocast)
         for distiller_name, distiller in model.distillers.items()
@@ -351,7 +351,7 @@ def _unfolded_backbone(cfg: CfgNode, batch: list[dict]) -> dict[str, TeacherPart
     plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
     return {
         "teacher backbone, BatchNorm not folded": TeacherPart(
-            lambda: plain.features(batch, cfg.INPUT.FORMAT)
+            lambda: plain.features(batch, cfg.INPUT.FORMAT), autocast_options(cfg)
         )
     }
 
@@ -458,7 +458,7 @@ def _memory_part(name, cfg, batch, context, distiller):
         if "box_features" in asked:
             teacher.logits(teacher.box_features(features, boxes))
 
-    return TeacherPart(run)
+    return TeacherPart(run, autocast_options(cfg))
 
 
 def _peak_of_process() -> int:

@@ -43,7 +43,7 @@ def test_parts_are_what_the_distilled_step_runs(tmp_path, distillers, teacher):
 
 def test_masks_autocast_and_the_unfolded_teacher_are_measured_too(tmp_path):
     opts = ["MODEL.MASK_ON", True, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
-    report = small_report(tmp_path, ["ReviewKD"], opts, unfolded=True, clock="process")
+    report = small_report(tmp_path, ["CKD", "ReviewKD"], opts, unfolded=True, clock="process")
     assert report["amp"] == "bf16" and report["clock"] == "process"
     assert report["parts"]["teacher backbone, BatchNorm not folded"]["kind"] == "reference"
 
