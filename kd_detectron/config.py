@@ -75,6 +75,8 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.REVIEWKD.WEIGHT = 1.0
     # Channels of the running feature inside the fusion.
     cfg.KD.REVIEWKD.MID_CHANNELS = 256
+    # Compute the fusion's inner maps again in backward: less memory, more time, same gradients.
+    cfg.KD.REVIEWKD.USE_ACT_CHECKPOINT = False
 
     # KD, Kullback-Leibler divergence of softened logits (Hinton et al.).
     cfg.KD.KD = CN()

@@ -13,11 +13,13 @@ on CUDA, where its layers follow the student's autocast; a batch of one image wh
 (``tests/distillers/test_reviewkd.py``).
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kd_detectron.losses import hcl_loss
 
@@ -26,12 +28,22 @@ from .checks import check_whole_number, level_channels
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that falls back to its running statistics on one value a channel."""
+    """Batch normalisation that falls back to its running statistics on one value a channel.
+
+    While ``recomputing``, in backward, its running statistics stay as forward left them.
+    """
+
+    recomputing = False
 
     def forward(self, maps):
         if self.training and maps.numel() == maps.shape[1]:
             return F.batch_norm(
                 maps, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        if self.recomputing:
+            statistics = self.running_mean.clone(), self.running_var.clone()
+            return F.batch_norm(
+                maps, *statistics, self.weight, self.bias, training=True, eps=self.eps
             )
         return super().forward(maps)
 
@@ -65,30 +77,30 @@ class AttentionFusion(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
 
-    def forward(
-        self, feature: torch.Tensor, coarser: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fuses one level with the running feature of the next coarser one.
+    def mix(self, reduced: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
+        """Mixes this level's reduced map with the running feature of the next coarser one.
 
         Args:
-            feature: (N, in_channels, H, W), the student's map.
-            coarser: (N, mid_channels, H', W') running feature; None at the coarsest level.
+            reduced: (N, mid_channels, H, W), what ``reduce`` makes of the student's map.
+            coarser: (N, mid_channels, H', W') running feature.
 
         Returns:
-            This level's output (N, out_channels, H, W) and running feature (N, mid_channels, H, W).
+            This level's running feature (N, mid_channels, H, W); ``output`` makes of it what is
+            compared with the teacher.
         """
-        running = self.reduce(feature)
-        if self.attention is not None:
-            size = running.shape[-2:]
-            # The paper's 1x1 convolution of both maps side by side, as a sum of two: so they need
-            # not be copied into one, and the coarser one's share is computed at its own size.
-            convolution, sigmoid = self.attention
-            own, other = convolution.weight.split(running.shape[1], dim=1)
-            logits = F.interpolate(F.conv2d(coarser, other), size=size, mode="nearest")
-            maps = sigmoid(F.conv2d(running, own, convolution.bias) + logits)
-            coarser = F.interpolate(coarser, size=size, mode="nearest")
-            running = running * maps[:, :1] + coarser * maps[:, 1:]
-        return self.output(running), running
+        size = reduced.shape[-2:]
+        # The paper's 1x1 convolution of both maps side by side, as a sum of two: so they need
+        # not be copied into one, and the coarser one's share is computed at its own size.
+        convolution, sigmoid = self.attention
+        own, other = convolution.weight.split(reduced.shape[1], dim=1)
+        logits = F.interpolate(F.conv2d(coarser, other), size=size, mode="nearest")
+        maps = sigmoid(F.conv2d(reduced, own, convolution.bias) + logits)
+        coarser = F.interpolate(coarser, size=size, mode="nearest")
+        return torch.addcmul(reduced * maps[:, :1], coarser, maps[:, 1:])
+
+    def loss(self, running: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """The hierarchical context loss of this level's output against the teacher's map."""
+        return hcl_loss([self.output(running)], [teacher])
 
 
 @DISTILLER_REGISTRY.register()
@@ -102,15 +114,19 @@ class ReviewKD(Distiller):
         in_channels: Sequence[int] = (256,) * 5,
         out_channels: Sequence[int] = (256,) * 5,
         mid_channels: int = 256,
+        use_act_checkpoint: bool = False,
     ):
         """
         Args:
             in_channels: channels of the student's levels, fine to coarse.
             out_channels: channels of the teacher's levels, in the same order.
             mid_channels: channels of the running feature inside the fusion.
+            use_act_checkpoint: compute the maps inside the fusion again in backward in place of
+                keeping them: less memory, more time (docs/performance.md), the same gradients.
         """
         super().__init__()
         check_whole_number("KD.REVIEWKD.MID_CHANNELS", mid_channels, at_least=1)
+        self.use_act_checkpoint = use_act_checkpoint
         coarsest = len(in_channels) - 1
         self.fusions = nn.ModuleList(
             AttentionFusion(student, mid_channels, teacher, fuse=level < coarsest)
@@ -131,20 +147,60 @@ class ReviewKD(Distiller):
             (N, out_channels[l], H_l, W_l) of each level, in the order given: float32, or autocast's
             type on CUDA under autocast.
         """
-        outputs, running = [], None
-        device = features[0].device.type
-        half = device == "cuda" and torch.is_autocast_enabled(device)
-        with torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=half):
-            for fusion, feature in zip(reversed(self.fusions), reversed(features), strict=True):
-                # float32 layers take 1.5 times as long on channels-last maps, which a bf16 student
-                # on the CPU has (docs/performance.md).
-                feature = feature if half else feature.float().contiguous()
-                output, running = fusion(feature, running)
-                outputs.append(output)
+        fusions = reversed(self.fusions)
+        with _fusion_precision(features[0].device.type):
+            running = self._running_features(features)
+            outputs = [fusion.output(one) for fusion, one in zip(fusions, running, strict=True)]
         return outputs[::-1]
 
     def forward(self, context):
-        features = context.student.features
-        fused = self.fuse(list(features.values()))
-        teacher = [context.teacher.features[level] for level in features]
-        return {"loss_reviewkd": hcl_loss(fused, teacher)}
+        student, teacher = context.student.features, context.teacher.features
+        features = list(student.values())
+        fusions = reversed(list(zip(self.fusions, student, strict=True)))
+        with _fusion_precision(features[0].device.type):
+            losses = [
+                self._part(fusion.loss, running, teacher[level])
+                for (fusion, level), running in zip(
+                    fusions, self._running_features(features), strict=True
+                )
+            ]
+        return {"loss_reviewkd": sum(reversed(losses))}
+
+    def _running_features(self, features: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """The running feature of each level, coarse to fine; ``features`` are fine to coarse."""
+        running = None
+        for fusion, feature in zip(reversed(self.fusions), reversed(features), strict=True):
+            if not torch.is_autocast_enabled(feature.device.type):
+                # float32 layers take 1.5 times as long on channels-last maps, which a bf16 student
+                # on the CPU has (docs/performance.md).
+                feature = feature.float().contiguous()
+            reduced = self._part(fusion.reduce, feature)
+            running = reduced if running is None else self._part(fusion.mix, reduced, running)
+            yield running
+
+    def _part(self, function: Callable, *maps: torch.Tensor) -> torch.Tensor:
+        """Runs a part of the fusion; its inner maps are kept for backward or computed again."""
+        if not self.use_act_checkpoint:
+            return function(*maps)
+        return checkpoint(
+            function,
+            *maps,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), self._recomputing()),
+        )
+
+    @contextlib.contextmanager
+    def _recomputing(self):
+        norms = [module for module in self.modules() if isinstance(module, _BatchNorm2d)]
+        for norm in norms:
+            norm.recomputing = norm.training
+        yield
+        for norm in norms:
+            norm.recomputing = False
+
+
+def _fusion_precision(device: str) -> contextlib.AbstractContextManager:
+    """Autocast as the student has it on CUDA, none on the CPU."""
+    half = device == "cuda" and torch.is_autocast_enabled(device)
+    return torch.autocast(device, dtype=torch.get_autocast_dtype(device), enabled=half)

@@ -218,3 +218,42 @@ def test_levels_that_the_teacher_lacks_are_refused():
 def test_impossible_width_is_refused_by_its_config_key(mid_channels):
     with pytest.raises(ConfigError, match="KD.REVIEWKD.MID_CHANNELS"):
         ReviewKD([3], [3], mid_channels)
+
+
+@pytest.mark.parametrize("images", [1, 2])
+def test_recomputed_maps_change_neither_loss_nor_gradients_nor_statistics(images):
+    sizes = ((9, 13), (5, 7), (1, 1))
+    kept, recomputed = make_model(), make_model()
+    recomputed.use_act_checkpoint = True
+    results = []
+    for model in (kept, recomputed):
+        context = make_context(sizes=sizes, images=images)
+        leaves = [f.requires_grad_() for f in context.student.features.values()]
+        loss = model(context)["loss_reviewkd"]
+        loss.backward()
+        gradients = [tensor.grad for tensor in (*leaves, *model.parameters())]
+        results.append([loss, *gradients, *model.buffers()])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_recomputed_maps_are_not_kept_between_forward_and_backward():
+    def kept(use_act_checkpoint):
+        model, context = make_model(), make_context()
+        model.use_act_checkpoint = use_act_checkpoint
+        maps = [f.requires_grad_() for f in context.student.features.values()]
+        known = {t.data_ptr() for t in (*maps, *context.teacher.features.values())}
+        known |= {parameter.data_ptr() for parameter in model.parameters()}
+        saved = {}
+
+        def pack(tensor):
+            if tensor.data_ptr() not in known:
+                saved[tensor.data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(context)["loss_reviewkd"]
+        del loss
+        return sum(tensor.numel() for tensor in saved.values())
+
+    assert kept(True) < kept(False) / 2
