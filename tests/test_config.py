@@ -123,6 +123,8 @@ def test_configs_are_found_by_bare_name_from_any_directory(tmp_path, monkeypatch
     ("name", "opts", "words"),
     [
         ("ckd_rcnn_r101_r81.yaml", [], ["ckd_rcnn_r101_r18.yaml", "did you mean"]),
+        ("/home/me/ckd_rcnn_r101_r81.yaml", [], ["ckd_rcnn_r101_r18.yaml", "did you mean"]),
+        ("bccd/small_ckd_r18.yaml", [], ["bccd/small_ckd_reviewkd_r18.yaml", "did you mean"]),
         ("", [], ["--config-file", "ckd_rcnn_r101_r18.yaml"]),
         ("ckd_rcnn_r101_r18.yaml", ["KD.CKD.TEMPRATURE", 1], ["KD.CKD.TEMPERATURE"]),
         ("ckd_rcnn_r101_r18.yaml", ["KD.CKD.TEMPERATURE", "warm"], ["KD.CKD.TEMPERATURE", "warm"]),
