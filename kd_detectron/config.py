@@ -156,6 +156,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # ---- solver ----
     # Batches of IMS_PER_BATCH images whose gradients are averaged before one optimizer step.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # How many periodic checkpoints stay on disk, the newest ones; 0: all. A resume falls back to an
+    # older one where the last cannot be read, so keep two at least.
+    cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
     # "fp16" (with loss scaling) or "bf16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "fp16"
 

@@ -6,6 +6,7 @@ the best checkpoint by AP; ``student_final.pth`` and ``result.json`` at the end;
 bfloat16. The training step itself is ``DistilledRCNN.forward`` and ``train_loop.py``.
 """
 
+import glob
 import importlib.util
 import logging
 import os
@@ -15,7 +16,7 @@ import weakref
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.engine import DefaultTrainer
+from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -109,6 +110,7 @@ class DistillationTrainer(DefaultTrainer):
         model = unwrap(self.model)
         teacher = getattr(model, "teacher", None)
         ret = super().build_hooks()
+        limit_checkpoints(ret, cfg)
         # Detectron2 ends its list with the writer on the main process: evaluations and what is put
         # into the storage must come before it.
         writer = [ret.pop()] if comm.is_main_process() else []
@@ -196,6 +198,26 @@ def evaluator_type(dataset_name: str) -> str:
             f"evaluates with the package {package}, which is not installed: pip install {source}"
         )
     return kind
+
+
+def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
+    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any.
+
+    Raises:
+        ConfigError: that number is negative.
+    """
+    keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+    if keep < 0:
+        raise ConfigError(
+            f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {keep}; give how many checkpoints to keep, or 0 for "
+            "all of them"
+        )
+    for hook in built:
+        if keep and isinstance(hook, hooks.PeriodicCheckpointer):
+            hook.max_to_keep = keep
+            # Those of the run that is resumed count as well.
+            pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
+            hook.recent_checkpoints = sorted(glob.glob(pattern))
 
 
 def unwrap(model):

@@ -126,6 +126,19 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset):
         assert torch.equal(state["momentum_buffer"], other)
 
 
+def test_only_the_newest_checkpoints_stay_if_a_number_is_given(tmp_path, dataset):
+    opts = ["SOLVER.CHECKPOINT_PERIOD", 1, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2]
+    cfg = run_cfg(tmp_path, dataset, "run", opts)
+
+    def kept():
+        return sorted(path.name for path in Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
+
+    train(cfg, until=4)
+    assert kept() == ["model_0000002.pth", "model_0000003.pth"]
+    train(cfg, resume=True)
+    assert kept() == ["model_0000004.pth", "model_0000005.pth", "model_final.pth"]
+
+
 def test_run_without_a_seed_keeps_its_random_one_over_a_resume(tmp_path, dataset):
     cfg = run_cfg(tmp_path, dataset, "random", ["SEED", -1])
     first = train(cfg, until=4)
