@@ -195,9 +195,11 @@ class ReviewKD(Distiller):
         norms = [module for module in self.modules() if isinstance(module, _BatchNorm2d)]
         for norm in norms:
             norm.recomputing = norm.training
-        yield
-        for norm in norms:
-            norm.recomputing = False
+        try:
+            yield
+        finally:  # PyTorch ends a recomputation by an exception, once it has all it needs.
+            for norm in norms:
+                norm.recomputing = False
 
 
 def _fusion_precision(device: str) -> contextlib.AbstractContextManager:
