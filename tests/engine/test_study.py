@@ -137,7 +137,7 @@ def heed_interrupts():
 
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     text = (tmp_path / "run.yaml").read_text()
-    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 150"))
+    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 80"))
     command = [sys.executable, "-m", "kd_detectron.engine.study", str(study_file)]
     stopped = tmp_path / "out" / "good" / "seed1"
 
@@ -162,7 +162,7 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
         study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
     )
     assert studies.main([str(study_file)]) == 0
-    assert json.loads((stopped / "result.json").read_text())["iterations"] == 150
+    assert json.loads((stopped / "result.json").read_text())["iterations"] == 80
     log = (stopped / "console.log").read_text()
     starts = [int(s.split()[0]) for s in log.split("Starting training from iteration ")[1:]]
     assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
