@@ -43,8 +43,8 @@ from .hooks import read_metrics
 
 STUDY_KEYS = {"output", "opts", "runs", "expected"}
 PART_KEYS = {"part_of", "only", "seeds"}
-# glibc returns freed memory to the system and has it mapped anew in the next step, which can double
-# the time of a step on the CPU (docs/performance.md).
+# glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
+# time on the CPU (docs/performance.md).
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),

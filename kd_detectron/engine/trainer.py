@@ -215,9 +215,10 @@ def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
     for hook in built:
         if keep and isinstance(hook, hooks.PeriodicCheckpointer):
             hook.max_to_keep = keep
-            # Those of the run that is resumed count as well.
-            pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
-            hook.recent_checkpoints = sorted(glob.glob(pattern))
+            # Those of the run that is resumed count as well; other files are not ours to delete.
+            if hook.checkpointer.has_checkpoint():
+                pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
+                hook.recent_checkpoints = sorted(glob.glob(pattern))
 
 
 def unwrap(model):

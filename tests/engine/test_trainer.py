@@ -133,10 +133,12 @@ def test_only_the_newest_checkpoints_stay_if_a_number_is_given(tmp_path, dataset
     def kept():
         return sorted(path.name for path in Path(cfg.OUTPUT_DIR).glob("model_*.pth"))
 
+    foreign = Path(cfg.OUTPUT_DIR) / "model_0000000_mine.pth"
+    foreign.touch()
     train(cfg, until=4)
-    assert kept() == ["model_0000002.pth", "model_0000003.pth"]
+    assert kept() == [foreign.name, "model_0000002.pth", "model_0000003.pth"]
     train(cfg, resume=True)
-    assert kept() == ["model_0000004.pth", "model_0000005.pth", "model_final.pth"]
+    assert kept() == [foreign.name, "model_0000004.pth", "model_0000005.pth", "model_final.pth"]
 
 
 def test_run_without_a_seed_keeps_its_random_one_over_a_resume(tmp_path, dataset):
