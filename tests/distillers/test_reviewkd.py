@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from kd_detectron.distillers import ModelSpec, ReviewKD
 from kd_detectron.errors import ConfigError
@@ -240,21 +241,24 @@ def test_recomputed_maps_change_neither_loss_nor_gradients_nor_statistics(images
 
 def test_recomputed_maps_are_not_kept_between_forward_and_backward():
     def kept(use_act_checkpoint):
+        """The layers whose output is still in memory when backward could begin."""
         model, context = make_model(), make_context()
         model.use_act_checkpoint = use_act_checkpoint
-        maps = [f.requires_grad_() for f in context.student.features.values()]
-        known = {t.data_ptr() for t in (*maps, *context.teacher.features.values())}
-        known |= {parameter.data_ptr() for parameter in model.parameters()}
-        saved = {}
+        for feature in context.student.features.values():
+            feature.requires_grad_()
+        outputs = {}
 
-        def pack(tensor):
-            if tensor.data_ptr() not in known:
-                saved[tensor.data_ptr()] = tensor
-            return tensor
+        def remember(name, output):
+            outputs[name] = StorageWeakRef(output.untyped_storage())
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = model(context)["loss_reviewkd"]
-        del loss
-        return sum(tensor.numel() for tensor in saved.values())
+        for name, module in model.named_modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda *given, name=name: remember(name, given[-1]))
+        loss = model(context)["loss_reviewkd"]
+        alive = {name for name, output in outputs.items() if not output.expired()}
+        assert loss.requires_grad
+        return alive
 
-    assert kept(True) < kept(False) / 2
+    assert {"fusions.0.reduce.0", "fusions.0.reduce.1", "fusions.0.output.0"} <= kept(False)
+    # What the coarsest level's reduction gives is its running feature: all that is left are those.
+    assert kept(True) == {"fusions.2.reduce.1"}
