@@ -21,8 +21,10 @@ def make_subset(source: str | Path, target: str | Path, images: int, *, seed: in
     """Writes ``target``: the COCO-format file ``source`` with ``images`` of its images.
 
     Raises:
-        ConfigError: ``source`` is not COCO-format, or has fewer images.
+        ConfigError: ``source`` is not COCO-format, has fewer images, or is ``target`` itself.
     """
+    if Path(target).resolve() == Path(source).resolve():
+        raise ConfigError(f"'{target}' would replace the annotations it is made of; name another")
     try:
         content = json.loads(Path(source).read_text())
         entries, annotations = content["images"], content["annotations"]
@@ -37,7 +39,7 @@ def make_subset(source: str | Path, target: str | Path, images: int, *, seed: in
     random.Random(seed).shuffle(identifiers)
     kept = set(identifiers[:images])
     content["images"] = [entry for entry in entries if entry["id"] in kept]
-    content["annotations"] = [entry for entry in annotations if entry["image_id"] in kept]
+    content["annotations"] = [entry for entry in annotations if entry.get("image_id") in kept]
     with atomic_open(str(target), "w") as file:
         json.dump(content, file)
 

@@ -62,3 +62,11 @@ def test_other_files_are_refused_by_name(content, source, subset, capsys):
     source.write_text(content)
     assert subset(4) == (2, None)
     assert "train.json' is not a COCO-format annotation file" in capsys.readouterr().err
+
+
+def test_the_source_is_never_replaced(source, capsys):
+    before = source.read_bytes()
+    main = runpy.run_path(str(SCRIPT))["main"]
+    assert main([str(source), str(source.parent / "." / "train.json"), "--images", "4"]) == 2
+    assert source.read_bytes() == before
+    assert "would replace the annotations" in capsys.readouterr().err
