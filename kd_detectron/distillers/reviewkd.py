@@ -77,24 +77,17 @@ class AttentionFusion(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)
 
-    def mix(self, feature: torch.Tensor, coarser: torch.Tensor | None = None) -> torch.Tensor:
-        """Mixes the student's map with the running feature of the next coarser level.
+    def mix(self, reduced: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
+        """Mixes this level's reduced map with the running feature of the next coarser one.
 
         Args:
-            feature: (N, in_channels, H, W), the student's map.
-            coarser: (N, mid_channels, H', W') running feature; None at the coarsest level.
+            reduced: (N, mid_channels, H, W), what ``reduce`` makes of the student's map.
+            coarser: (N, mid_channels, H', W') running feature.
 
         Returns:
             This level's running feature (N, mid_channels, H, W); ``output`` makes of it what is
             compared with the teacher.
         """
-        if not torch.is_autocast_enabled(feature.device.type):
-            # float32 layers take 1.5 times as long on channels-last maps, which a bf16 student
-            # on the CPU has (docs/performance.md).
-            feature = feature.float().contiguous()
-        reduced = self.reduce(feature)
-        if coarser is None:
-            return reduced
         size = reduced.shape[-2:]
         # The paper's 1x1 convolution of both maps side by side, as a sum of two: so they need
         # not be copied into one, and the coarser one's share is computed at its own size.
@@ -177,10 +170,15 @@ class ReviewKD(Distiller):
         """The running feature of each level, coarse to fine; ``features`` are fine to coarse."""
         running = None
         for fusion, feature in zip(reversed(self.fusions), reversed(features), strict=True):
-            running = self._part(fusion.mix, feature, running)
+            if not torch.is_autocast_enabled(feature.device.type):
+                # float32 layers take 1.5 times as long on channels-last maps, which a bf16 student
+                # on the CPU has (docs/performance.md).
+                feature = feature.float().contiguous()
+            reduced = self._part(fusion.reduce, feature)
+            running = reduced if running is None else self._part(fusion.mix, reduced, running)
             yield running
 
-    def _part(self, function: Callable, *maps: torch.Tensor | None) -> torch.Tensor:
+    def _part(self, function: Callable, *maps: torch.Tensor) -> torch.Tensor:
         """Runs a part of the fusion; its inner maps are kept for backward or computed again."""
         if not self.use_act_checkpoint:
             return function(*maps)
