@@ -42,7 +42,7 @@ from kd_detectron.errors import ConfigError, did_you_mean
 from .hooks import read_metrics
 
 STUDY_KEYS = {"output", "opts", "runs", "expected"}
-PART_KEYS = {"part_of", "only", "seeds"}
+PART_KEYS = {"part_of", "only", "seeds", "output", "opts", "expected"}
 # glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
 # time on the CPU (docs/performance.md).
 KEEP_FREED_MEMORY = {
@@ -153,17 +153,28 @@ def _read_study(file: str) -> tuple[Path, dict]:
     if "part_of" not in content:
         return path, content
     whole_path, whole = _read_study(content["part_of"])
+    if "opts" in content and "output" not in content:
+        raise ConfigError(
+            f"study '{file}' has opts but no output: its runs differ from those of {whole_path}; "
+            "give it an output folder of its own"
+        )
     names = [entry["name"] for entry in whole["runs"]]
-    for name in content["only"]:
+    only = content.get("only", names)
+    for name in only:
         if name not in names:
             raise ConfigError(
                 f"study '{file}': {name} is no run of {whole_path}{did_you_mean(name, names)}"
             )
-    runs = [dict(entry) for entry in whole["runs"] if entry["name"] in content["only"]]
+    runs = [dict(entry) for entry in whole["runs"] if entry["name"] in only]
     for entry in runs:
-        if "seeds" in entry:
+        if "seeds" in entry and "seeds" in content:
             entry["seeds"] = [seed for seed in entry["seeds"] if seed in content["seeds"]]
-    return whole_path, whole | {"runs": runs}
+    if "output" not in content:
+        return whole_path, whole | {"runs": runs}
+    # Runs of their own: the whole's expected ranges are not theirs.
+    own = {key: content[key] for key in ("output", "expected") if key in content}
+    own["opts"] = [*whole.get("opts", []), *content.get("opts", [])]
+    return path, own | {"runs": runs}
 
 
 def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:

@@ -44,6 +44,23 @@ def test_part_of_a_study_is_the_same_runs_in_the_same_folders():
     assert all(run == whole[str(run.folder)] for run in part)
 
 
+def test_part_with_its_own_output_is_the_same_runs_changed(tmp_path):
+    file = tmp_path / "again.yaml"
+    file.write_text(
+        "part_of: bccd.yaml\noutput: again\nonly: [baseline, ckd]\n"
+        "opts: [KD.TEACHER.WEIGHTS, other.pth]\n"
+    )
+    again = studies.load_study(str(file))
+    whole = {run.name: run for run in studies.load_study("bccd.yaml").runs}
+    assert again.expected is None
+    assert [str(run.folder) for run in again.runs[:2]] == [
+        "again/baseline/seed1",
+        "again/ckd/seed1",
+    ]
+    assert {run.teacher_weights for run in again.runs} == {"", "other.pth"}
+    assert {run.config for run in again.runs} == {whole[n].config for n in ("baseline", "ckd")}
+
+
 def test_paper_ablations_stand_ready():
     runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
     ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}
@@ -60,6 +77,7 @@ def test_paper_ablations_stand_ready():
         ("rons: []", ["rons", "runs"]),
         ("expected: none.json\nruns: []", ["expected", "none.json"]),
         ("part_of: demo.yaml\nonly: [techer]\nseeds: [1]", ["techer", "teacher"]),
+        ("part_of: demo.yaml\nopts: [SEED, 7]", ["opts", "output", "demo.yaml"]),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, content, words):
