@@ -75,8 +75,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.KD.REVIEWKD.WEIGHT = 1.0
     # Channels of the running feature inside the fusion.
     cfg.KD.REVIEWKD.MID_CHANNELS = 256
-    # Compute the fusion's inner maps again in backward: less memory, more time, same gradients.
-    cfg.KD.REVIEWKD.USE_ACT_CHECKPOINT = False
+    # Compute most of the fusion's inner maps again in backward: less memory, a little more time,
+    # same gradients.
+    cfg.KD.REVIEWKD.USE_ACT_CHECKPOINT = True
 
     # KD, Kullback-Leibler divergence of softened logits (Hinton et al.).
     cfg.KD.KD = CN()

@@ -114,15 +114,16 @@ class ReviewKD(Distiller):
         in_channels: Sequence[int] = (256,) * 5,
         out_channels: Sequence[int] = (256,) * 5,
         mid_channels: int = 256,
-        use_act_checkpoint: bool = False,
+        use_act_checkpoint: bool = True,
     ):
         """
         Args:
             in_channels: channels of the student's levels, fine to coarse.
             out_channels: channels of the teacher's levels, in the same order.
             mid_channels: channels of the running feature inside the fusion.
-            use_act_checkpoint: compute the maps inside the fusion again in backward in place of
-                keeping them: less memory, more time (docs/performance.md), the same gradients.
+            use_act_checkpoint: compute maps inside the fusion again in backward in place of
+                keeping them: less memory, a little more time (docs/performance.md), the same
+                gradients.
         """
         super().__init__()
         check_whole_number("KD.REVIEWKD.MID_CHANNELS", mid_channels, at_least=1)
@@ -159,12 +160,17 @@ class ReviewKD(Distiller):
         fusions = reversed(list(zip(self.fusions, student, strict=True)))
         with _fusion_precision(features[0].device.type):
             losses = [
-                self._part(fusion.loss, running, teacher[level])
+                self._loss(fusion, running, teacher[level])
                 for (fusion, level), running in zip(
                     fusions, self._running_features(features), strict=True
                 )
             ]
         return {"loss_reviewkd": sum(reversed(losses))}
+
+    def _loss(self, fusion: AttentionFusion, *maps: torch.Tensor) -> torch.Tensor:
+        # The finest level is the last of forward and the first of backward: nothing is gained by
+        # dropping its output, by far the most expensive one, in between.
+        return fusion.loss(*maps) if fusion is self.fusions[0] else self._part(fusion.loss, *maps)
 
     def _running_features(self, features: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
         """The running feature of each level, coarse to fine; ``features`` are fine to coarse."""
