@@ -314,13 +314,22 @@ def last_lines(path: Path, count: int = 5) -> list[str]:
 def report(study: Study) -> None:
     """Prints the table of the finished runs and writes table and figures into the study's folder.
 
-    The run named "teacher", if there is one, is the teacher of the table and the pictures.
+    The teacher of the table and the pictures is the run named "teacher", or else the finished run
+    that all distilled students of the study have their teacher from.
     """
     students = study.finished_runs()
-    teacher = students.pop(TEACHER, [None])[0]
+    own = students.pop(TEACHER, [None])[0]
     if students:
-        print(write_report(study.output, students, teacher=teacher and teacher.path))
+        teacher = own.path if own else teacher_of_others(study)
+        print(write_report(study.output, students, teacher=teacher))
         print(f"\ntable and pictures: {study.output}")
+
+
+def teacher_of_others(study: Study) -> Path | None:
+    """The folder of the one finished run whose weights teach all distilled runs, if that is so."""
+    folders = {Path(run.teacher_weights).parent for run in study.runs if run.teacher_weights}
+    folder = folders.pop() if len(folders) == 1 else None
+    return folder if folder and (folder / "result.json").is_file() else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,6 +61,26 @@ def test_part_with_its_own_output_is_the_same_runs_changed(tmp_path):
     assert {run.config for run in again.runs} == {whole[n].config for n in ("baseline", "ckd")}
 
 
+def test_study_without_a_teacher_is_reported_with_the_one_its_students_have(tmp_path):
+    def study(*teachers):
+        runs = [
+            {"name": f"{n}", "config": "demo/ckd_reviewkd.yaml", "opts": ["KD.TEACHER.WEIGHTS", w]}
+            for n, w in enumerate(teachers)
+        ]
+        runs.append({"name": "alone", "config": "demo/baseline.yaml"})
+        file = tmp_path / "study.yaml"
+        file.write_text(json.dumps({"output": "out", "runs": runs}))
+        return studies.load_study(str(file))
+
+    weights = str(tmp_path / "big" / "model_final.pth")
+    assert studies.teacher_of_others(study(weights)) is None  # no finished run
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "result.json").write_text("{}")
+    assert studies.teacher_of_others(study(weights, weights)) == tmp_path / "big"
+    assert studies.teacher_of_others(study(weights, "other/model_final.pth")) is None
+    assert studies.teacher_of_others(study()) is None
+
+
 def test_paper_ablations_stand_ready():
     runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
     ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}
