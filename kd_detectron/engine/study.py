@@ -153,11 +153,12 @@ def _read_study(file: str) -> tuple[Path, dict]:
     if "part_of" not in content:
         return path, content
     whole_path, whole = _read_study(content["part_of"])
-    if "opts" in content and "output" not in content:
-        raise ConfigError(
-            f"study '{file}' has opts but no output: its runs differ from those of {whole_path}; "
-            "give it an output folder of its own"
-        )
+    for key in ("opts", "expected"):
+        if key in content and "output" not in content:
+            raise ConfigError(
+                f"study '{file}' has {key} but no output, so its runs would be those of "
+                f"{whole_path}; give it an output folder of its own"
+            )
     names = [entry["name"] for entry in whole["runs"]]
     only = content.get("only", names)
     for name in only:
@@ -169,12 +170,12 @@ def _read_study(file: str) -> tuple[Path, dict]:
     for entry in runs:
         if "seeds" in entry and "seeds" in content:
             entry["seeds"] = [seed for seed in entry["seeds"] if seed in content["seeds"]]
+        entry["opts"] = [*entry.get("opts", []), *content.get("opts", [])]
     if "output" not in content:
         return whole_path, whole | {"runs": runs}
     # Runs of their own: the whole's expected ranges are not theirs.
     own = {key: content[key] for key in ("output", "expected") if key in content}
-    own["opts"] = [*whole.get("opts", []), *content.get("opts", [])]
-    return path, own | {"runs": runs}
+    return path, {"opts": whole.get("opts", []), **own, "runs": runs}
 
 
 def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:

@@ -47,18 +47,20 @@ def test_part_of_a_study_is_the_same_runs_in_the_same_folders():
 def test_part_with_its_own_output_is_the_same_runs_changed(tmp_path):
     file = tmp_path / "again.yaml"
     file.write_text(
-        "part_of: bccd.yaml\noutput: again\nonly: [baseline, ckd]\n"
-        "opts: [KD.TEACHER.WEIGHTS, other.pth]\n"
+        "part_of: bccd.yaml\noutput: again\nonly: [baseline, heads]\n"
+        "opts: [KD.TEACHER.WEIGHTS, other.pth, KD.SCHEDULE.STOP_ITER, 5]\n"
     )
     again = studies.load_study(str(file))
     whole = {run.name: run for run in studies.load_study("bccd.yaml").runs}
     assert again.expected is None
     assert [str(run.folder) for run in again.runs[:2]] == [
         "again/baseline/seed1",
-        "again/ckd/seed1",
+        "again/heads/seed1",
     ]
     assert {run.teacher_weights for run in again.runs} == {"", "other.pth"}
-    assert {run.config for run in again.runs} == {whole[n].config for n in ("baseline", "ckd")}
+    assert {run.config for run in again.runs} == {whole[n].config for n in ("baseline", "heads")}
+    heads = again.runs[1]
+    assert get_config(heads.config, heads.opts).KD.SCHEDULE.STOP_ITER == 5  # the row's own is 1
 
 
 def test_study_without_a_teacher_is_reported_with_the_one_its_students_have(tmp_path):
@@ -98,6 +100,7 @@ def test_paper_ablations_stand_ready():
         ("expected: none.json\nruns: []", ["expected", "none.json"]),
         ("part_of: demo.yaml\nonly: [techer]\nseeds: [1]", ["techer", "teacher"]),
         ("part_of: demo.yaml\nopts: [SEED, 7]", ["opts", "output", "demo.yaml"]),
+        ("part_of: demo.yaml\nexpected: none.json", ["expected", "output", "demo.yaml"]),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, content, words):
