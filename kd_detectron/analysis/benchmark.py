@@ -9,12 +9,13 @@ round gives one
     floor ratio = distilled step / (student step + teacher + distillers)
 
 1 if distillation costs its own arithmetic and nothing else. Peak memory is that of a child process
-for each part: of CUDA's allocator there, of the process elsewhere.
+for each part: of CUDA's allocator there, of the process elsewhere, with freed memory given back.
 
 ``tools/benchmark.py`` prints the report and writes it as JSON; ``docs/performance.md`` holds the
 numbers. Legend: N images, R sampled proposals over the whole batch.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -47,6 +48,8 @@ OBJECTS_PER_IMAGE = 8
 _SEED = 0
 # Steps in the child process that measures memory: the second one meets the first one's leftovers.
 _MEMORY_STEPS = 2
+# The number of this parameter in glibc's malloc.h: from which size on a block is mapped by itself.
+_M_MMAP_THRESHOLD = -3
 
 STUDENT, DISTILLED = "student step", "distilled step"
 
@@ -430,6 +433,7 @@ def _peak_of(name: str, path: str, imports: Sequence[str]) -> int:
     """Runs in the child process."""
     from kd_detectron.commands import import_user_code
 
+    _give_freed_memory_back()
     for module in imports:
         import_user_code(module)
     if name != "idle":
@@ -459,6 +463,14 @@ def _memory_part(name, cfg, batch, context, distiller):
             teacher.logits(teacher.box_features(features, boxes))
 
     return TeacherPart(run, autocast_options(cfg))
+
+
+def _give_freed_memory_back() -> None:
+    # Otherwise glibc keeps much of what is freed, and how much differs from run to run: a peak
+    # would say less of the tensors than of that. Other C libraries stay as they are.
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _peak_of_process() -> int:
