@@ -206,7 +206,8 @@ class DistillationCheckpointer(DetectionCheckpointer):
             else:
                 loaded = super()._load_file(filename)
         except Exception as error:  # a damaged file can fail in any way
-            reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+            # The first sentence: PyTorch's go on with guesses at the cause.
+            reason = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
             raise UnreadableCheckpointError(
                 f"{self._source} cannot be read: {filename} is truncated, no checkpoint, or holds"
                 f" other objects than tensors ({reason}); get the file anew, or save the model's"
