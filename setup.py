@@ -19,7 +19,7 @@ setup(
     package_dir={"kd_detectron.configs": "configs"},
     package_data={
         "kd_detectron.configs": ["**/*.yaml", "studies/expected/*.json", "lazy/*.py"],
-        "kd_detectron.analysis": ["*.json"],
+        "kd_detectron.runs": ["*.json"],
     },
     python_requires=">=3.10",
     install_requires=[

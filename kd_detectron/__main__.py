@@ -15,7 +15,7 @@ from detectron2.config import get_cfg
 from kd_detectron import __version__, add_kd_config
 from kd_detectron.config import config_dir
 from kd_detectron.distillers import DISTILLER_REGISTRY
-from kd_detectron.modeling.teacher import zoo_configs
+from kd_detectron.modeling.teacher_loading import zoo_configs
 
 KINDS = ("configs", "distillers", "teachers")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-import kd_detectron.analysis
+import kd_detectron.runs
 from kd_detectron.config import config_dir, get_config, list_configs
 
-PUBLISHED = Path(kd_detectron.analysis.__file__).with_name("published.json")
+PUBLISHED = Path(kd_detectron.runs.__file__).with_name("published.json")
 DETECTORS = {"table_iv": "rcnn", "table_v": "mask_rcnn"}
 # The weights of ReviewKD by pair: alone, with CKD (the CKD release) and with DKD (the DKD release,
 # which has none for Mask R-CNN; the CKD ones are used there).

@@ -8,7 +8,7 @@ import pytest
 from kd_detectron.__main__ import main
 from kd_detectron.config import find_config, list_configs
 from kd_detectron.distillers import DISTILLER_REGISTRY
-from kd_detectron.modeling.teacher import zoo_configs
+from kd_detectron.modeling.teacher_loading import zoo_configs
 
 
 def rows(text):

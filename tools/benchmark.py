@@ -14,7 +14,9 @@ from pathlib import Path
 
 import torch
 
-from kd_detectron.analysis.benchmark import (
+from kd_detectron.commands import add_import_option, exit_code, import_user_code
+from kd_detectron.config import get_config
+from kd_detectron.profiling.benchmark import (
     CLOCKS,
     compare_reports,
     format_report,
@@ -22,8 +24,6 @@ from kd_detectron.analysis.benchmark import (
     run_benchmark,
     save_report,
 )
-from kd_detectron.commands import add_import_option, exit_code, import_user_code
-from kd_detectron.config import get_config
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ Stopped at any moment, the same command goes on from there.
 
 import sys
 
-from kd_detectron.engine.demo import main
+from kd_detectron.studies.demo import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,9 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd_detectron.analysis.runs import load_run
-from kd_detectron.analysis.tables import build_table, load_teacher, published_numbers
 from kd_detectron.commands import exit_code
+from kd_detectron.runs.run import load_run
+from kd_detectron.runs.tables import build_table, load_teacher, published_numbers
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ tools/run_study.py bccd.yaml [--output FOLDER]
 
 import sys
 
-from kd_detectron.engine.study import main
+from kd_detectron.studies.study import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,17 +16,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from kd_detectron.analysis import models as loading
-from kd_detectron.analysis.ap import plot_ap
-from kd_detectron.analysis.cams import draw_cams
-from kd_detectron.analysis.curves import plot_curves
-from kd_detectron.analysis.features import draw_feature_differences
-from kd_detectron.analysis.logits import draw_correlations, draw_tsne
-from kd_detectron.analysis.predictions import draw_predictions
-from kd_detectron.analysis.runs import Run, load_run
-from kd_detectron.analysis.tables import load_teacher
 from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.run import Run, load_run
+from kd_detectron.runs.tables import load_teacher
+from kd_detectron.visualize import models as loading
+from kd_detectron.visualize.ap import plot_ap
+from kd_detectron.visualize.cams import draw_cams
+from kd_detectron.visualize.curves import plot_curves
+from kd_detectron.visualize.features import draw_feature_differences
+from kd_detectron.visualize.logits import draw_correlations, draw_tsne
+from kd_detectron.visualize.predictions import draw_predictions
 
 
 def ap(args: argparse.Namespace) -> None:

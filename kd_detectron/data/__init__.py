@@ -1,6 +1,5 @@
 """Datasets: the user's own in COCO format, their checks, the training loader, a synthetic set."""
 
-from kd_detectron.data.checks import DatasetSummary, check_coco_files, check_datasets
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.data.loader import (
     ResumableLoader,
@@ -8,6 +7,7 @@ from kd_detectron.data.loader import (
     build_train_loader,
 )
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.preflight.data import DatasetSummary, check_coco_files, check_datasets
 
 __all__ = [
     "DatasetSummary",

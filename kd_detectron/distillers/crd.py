@@ -7,8 +7,8 @@ linear embedding a model. In-batch: there is no memory bank.
 
 from kd_detectron.losses import crd_loss
 
+from .arguments import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_number, check_whole_number
 from .embedding import Embedding, box_channels
 
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from kd_detectron.losses import dcd_loss
 
+from .arguments import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_number, check_whole_number
 from .embedding import Embedding, box_channels
 
 

@@ -7,8 +7,8 @@ are (R, K+1) of the same R proposals.
 
 from kd_detectron.losses import dkd_loss
 
+from .arguments import check_number
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_number
 
 
 @DISTILLER_REGISTRY.register()

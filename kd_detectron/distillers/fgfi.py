@@ -19,8 +19,8 @@ import torch
 from kd_detectron.losses import fgfi_loss, fgfi_mask
 
 from .adapters import LevelAdapters
+from .arguments import check_number, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_number, level_channels
 
 
 @DISTILLER_REGISTRY.register()

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from kd_detectron.losses import fitnet_loss
 
 from .adapters import LevelAdapters
+from .arguments import level_channels
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import level_channels
 
 
 @DISTILLER_REGISTRY.register()

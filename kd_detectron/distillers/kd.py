@@ -7,8 +7,8 @@ code behind the published KD rows was never released; see ``docs/methods.md`` fo
 
 from kd_detectron.losses import kd_loss
 
+from .arguments import check_number
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_number
 
 
 @DISTILLER_REGISTRY.register()

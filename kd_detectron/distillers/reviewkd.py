@@ -23,8 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_detectron.losses import hcl_loss
 
+from .arguments import check_whole_number, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_whole_number, level_channels
 
 
 class _BatchNorm2d(nn.BatchNorm2d):

@@ -7,8 +7,8 @@ proposals go through a linear embedding. In-batch: there is no memory bank.
 
 from kd_detectron.losses import supcon_loss
 
+from .arguments import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
-from .checks import check_number, check_whole_number
 from .embedding import Embedding, box_channels
 
 

@@ -32,13 +32,13 @@ from torch import nn
 from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
-from kd_detectron.data.checks import UNKNOWN_CLASSES
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
 from kd_detectron.modeling.build import check_fits
-from kd_detectron.modeling.lazy_teacher import run_lazy_file
-from kd_detectron.modeling.teacher import model_spec
+from kd_detectron.modeling.frozen_teacher import model_spec
+from kd_detectron.modeling.teacher_loading import run_lazy_file
+from kd_detectron.preflight.checks_to_split import check_same_lazy_run, warn_of_pixel_statistics
+from kd_detectron.preflight.data import UNKNOWN_CLASSES
 
-from .checks import check_same_lazy_run, warn_of_pixel_statistics
 from .hooks import (
     DistillationSchedule,
     LossHistory,

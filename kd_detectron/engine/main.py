@@ -37,17 +37,17 @@ from kd_detectron.commands import (
     import_user_code,
 )
 from kd_detectron.config import find_config, get_config
-from kd_detectron.data.checks import check_datasets
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError
-from kd_detectron.modeling.teacher import load_teacher
-
-from .checks import (
+from kd_detectron.modeling.teacher_loading import load_teacher
+from kd_detectron.preflight.checks_to_split import (
     check_class_order,
     check_meta_architecture,
     check_same_run,
     warn_of_pixel_statistics,
 )
+from kd_detectron.preflight.data import check_datasets
+
 from .hooks import Interrupted
 from .trainer import DistillationTrainer, check_evaluators, unwrap
 

@@ -21,9 +21,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
-from kd_detectron.analysis.features import compare_features, draw_feature_differences
-from kd_detectron.analysis.figures import figure_pixels
-from kd_detectron.analysis.models import (
+from kd_detectron.errors import ConfigError
+from kd_detectron.visualize.features import compare_features, draw_feature_differences
+from kd_detectron.visualize.figures import figure_pixels
+from kd_detectron.visualize.models import (
     LoadedModel,
     RememberedModel,
     check_classes,
@@ -32,8 +33,7 @@ from kd_detectron.analysis.models import (
     load_teacher_of_config,
     see_the_size_of,
 )
-from kd_detectron.analysis.predictions import draw_predictions
-from kd_detectron.errors import ConfigError
+from kd_detectron.visualize.predictions import draw_predictions
 
 logger = logging.getLogger(__name__)
 

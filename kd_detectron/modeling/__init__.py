@@ -1,10 +1,11 @@
 """The distilled meta-architectures, the frozen teacher and the context between them."""
 
-from .context import DistillationContext
+from kd_detectron.context import DistillationContext
+
 from .distilled_panoptic_fpn import DistilledPanopticFPN
 from .distilled_rcnn import DistilledRCNN
 from .distilled_retinanet import DistilledRetinaNet
-from .teacher import FrozenTeacher
+from .frozen_teacher import FrozenTeacher
 
 __all__ = [
     "DistillationContext",

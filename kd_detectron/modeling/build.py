@@ -17,8 +17,9 @@ from torch import nn
 from kd_detectron.distillers import DISTILLER_REGISTRY, ModelSpec, build_distiller
 from kd_detectron.errors import ConfigError
 
+from .frozen_teacher import FrozenTeacher, model_spec
 from .taps import anchor_levels_of
-from .teacher import FrozenTeacher, load_teacher, model_spec
+from .teacher_loading import load_teacher
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
+from kd_detectron.context import DistillationContext
 from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 
 from .build import build_distillers
-from .context import DistillationContext
+from .frozen_teacher import FrozenTeacher
 from .taps import StudentTaps
-from .teacher import FrozenTeacher
 
 logger = logging.getLogger(__name__)
 

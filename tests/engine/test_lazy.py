@@ -16,7 +16,6 @@ from tiny import distilled_cfg, write_tiny_teacher
 
 from kd_detectron import get_config
 from kd_detectron.config import config_dir
-from kd_detectron.data.checks import UNKNOWN_CLASSES
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.engine.lazy import (
     LazyTrainLoop,
@@ -28,6 +27,7 @@ from kd_detectron.engine.lazy import (
     plain,
 )
 from kd_detectron.errors import ConfigError
+from kd_detectron.preflight.data import UNKNOWN_CLASSES
 
 EXAMPLE = config_dir() / "lazy" / "ckd_reviewkd_rcnn_r101_r18.py"
 

@@ -13,7 +13,7 @@ from tiny import distilled_cfg, tiny_batch, tiny_cfg, write_tiny_teacher
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import DistilledRCNN, FrozenTeacher
-from kd_detectron.modeling.teacher import load_teacher
+from kd_detectron.modeling.teacher_loading import load_teacher
 
 
 def train_step(model, batch, seed=3):

@@ -9,7 +9,7 @@ from torch import nn
 
 from kd_detectron.modeling import FrozenTeacher
 from kd_detectron.modeling.fold import fold_batch_norm
-from kd_detectron.modeling.teacher import build_teacher_model, teacher_config
+from kd_detectron.modeling.teacher_loading import build_teacher_model, teacher_config
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 

@@ -11,7 +11,7 @@ from kd_detectron import get_config
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.engine.main import main
 from kd_detectron.engine.train_loop import DistillationTrainLoop
-from kd_detectron.modeling.teacher import teacher_config
+from kd_detectron.modeling.teacher_loading import teacher_config
 
 METHODS = sorted(
     name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron.")

@@ -22,7 +22,7 @@ from detectron2.modeling import build_model
 from tiny import MAIN_ROWS
 
 from kd_detectron import get_config
-from kd_detectron.modeling.teacher import teacher_config
+from kd_detectron.modeling.teacher_loading import teacher_config
 
 VALIDATION_IMAGES = 8
 ROWS = [

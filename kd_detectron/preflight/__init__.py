@@ -1,0 +1,1 @@
+"""Every check before the first training step, one module per topic."""

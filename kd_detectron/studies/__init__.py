@@ -1,0 +1,1 @@
+"""Studies: lists of runs from one file, run, compared and reported together."""

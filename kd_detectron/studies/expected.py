@@ -1,0 +1,62 @@
+"""What a study's runs are expected to reach: ranges of AP from an earlier study, in a JSON file.
+
+``tools/run_study.py STUDY --write-expected FILE`` records the APs of a finished study; a study file
+that names such a file (``expected:``) is compared with it at its end, and a run outside its range
+makes the command fail. A range is mean plus or minus three sample standard deviations over the
+seeds, at least :data:`LEAST_MARGIN` AP points to each side (other hardware computes other last
+digits, and a training from scratch makes points of AP out of them).
+"""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from kd_detectron.runs.run import TASKS, Run
+
+LEAST_MARGIN = 3.0
+
+
+def expected_ranges(runs: Mapping[str, list[Run]]) -> dict:
+    """Name of the runs -> task ("bbox", "segm") -> "values", "low" and "high", in AP points.
+
+    Args:
+        runs: the finished runs of a study (its seeds) by name.
+    """
+    ranges: dict = {}
+    for name, seeds in runs.items():
+        for task in TASKS:
+            values = [run.results[task]["AP"] for run in seeds if "AP" in run.results.get(task, {})]
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                margin = max(3 * deviation, LEAST_MARGIN)
+                mean = statistics.fmean(values)
+                ranges.setdefault(name, {})[task] = {
+                    "values": [round(value, 2) for value in values],
+                    "low": round(max(mean - margin, 0.0), 1),
+                    "high": round(mean + margin, 1),
+                }
+    return ranges
+
+
+def write_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> None:
+    """Writes the ranges of finished runs, one line a task of a name."""
+    text = json.dumps(expected_ranges(runs), indent=1)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
+def outside_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> list[str]:
+    """Says, a sentence each, which finished runs are outside the ranges of a file."""
+    ranges = json.loads(Path(path).read_text(encoding="utf-8"))
+    sentences = []
+    for name, seeds in runs.items():
+        for task, expected in ranges.get(name, {}).items():
+            for run in seeds:
+                value = run.results.get(task, {}).get("AP")
+                if value is None or not expected["low"] <= value <= expected["high"]:
+                    shown = "no AP" if value is None else f"{value:.1f}"
+                    sentences.append(
+                        f"{run.path}: {TASKS[task]} AP is {shown}, expected "
+                        f"{expected['low']} to {expected['high']}"
+                    )
+    return sentences

@@ -1,0 +1,145 @@
+"""Where each model looks: class-activation maps of several models for the same object.
+
+Grad-CAM (arXiv 1610.02391), by the package ``grad-cam``. All models explain the same ground-truth
+box and class, whether they detected it or not: the box head classifies that box, and the gradient
+of the class's logit weighs the channels of the FPN level that the box is pooled from. So the maps
+of teacher, baseline and student differ in the models alone (the comparison of CKD, arXiv
+2404.14109, Fig. 10). Each map is scaled to its own range, 0 to 1; below it stands the probability
+that the model gives to the class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from kd_detectron.errors import ConfigError
+from kd_detectron.visualize.figures import new_figure, save_figure
+from kd_detectron.visualize.models import BoxClassifier, LoadedModel, check_classes, read_rgb
+from kd_detectron.visualize.predictions import ground_truth
+
+_PANEL_INCHES = 3.4
+
+
+@dataclass(frozen=True)
+class ActivationMap:
+    """One model's map for one object.
+
+    Attributes:
+        values: (H, W) of the image file, 0 to 1.
+        level: the FPN level that it was computed on.
+        probability: what the model gives to the object's class.
+    """
+
+    values: np.ndarray
+    level: str
+    probability: float
+
+
+def draw_cams(
+    models: Sequence[LoadedModel],
+    records: Sequence[dict],
+    class_names: Sequence[str],
+    path: str | Path | None = None,
+) -> Figure:
+    """Draws the maps of every model for the largest object of every record.
+
+    Args:
+        models: the columns, after the image itself.
+        records: the rows.
+        class_names: names of the K classes.
+        path: an image file to write, if any.
+
+    Returns:
+        The figure: row by row the image and one axes a model, then the colour bar's.
+
+    Raises:
+        ConfigError: there is no annotated image, a model has no box head, or the package
+            ``grad-cam`` is not installed.
+    """
+    records = [record for record in records if ground_truth(record).classes]
+    if not records:
+        raise ConfigError("there is no object to explain: the chosen images have no annotations")
+    for model in models:
+        check_classes(model, class_names)
+    titles = ["object", *(f"{model.label}\n{model.ap}".strip() for model in models)]
+    heights = [record["height"] / record["width"] for record in records]
+    height = _PANEL_INCHES * sum(heights) + 0.35 * len(records) + 0.6
+    figure = new_figure(_PANEL_INCHES * len(titles) + 0.8, height)
+    grid = figure.add_gridspec(len(records), len(titles), height_ratios=heights)
+    for row, record in enumerate(records):
+        image = read_rgb(record)
+        box, category = largest_object(record)
+        for column, title in enumerate(titles):
+            axes = figure.add_subplot(grid[row, column])
+            axes.set(xticks=[], yticks=[])
+            axes.imshow(image)
+            if column == 0:
+                axes.set_xlabel(class_names[category], fontsize=11)
+                axes.set_ylabel(Path(record["file_name"]).name, fontsize=8)
+            else:
+                found = activation_map(models[column - 1], record, box, category)
+                axes.imshow(found.values, cmap="turbo", alpha=0.5, vmin=0, vmax=1)
+                text = f"p({class_names[category]}) = {found.probability:.2f}, level {found.level}"
+                axes.set_xlabel(text, fontsize=11)
+            corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
+            axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="w", linewidth=2))
+            if row == 0:
+                axes.set_title(title, fontsize=13)
+    bar = figure.colorbar(
+        ScalarMappable(cmap="turbo"), ax=figure.axes, shrink=0.6, aspect=30, pad=0.01
+    )
+    bar.set_label("class activation, relative to the map's maximum")
+    return save_figure(figure, path)
+
+
+def activation_map(
+    model: LoadedModel, record: dict, box: np.ndarray, category: int
+) -> ActivationMap:
+    """Computes one model's Grad-CAM map for one object.
+
+    Args:
+        model: the detector.
+        record: the image.
+        box: (4,) XYXY in pixels of the image file.
+        category: the class to explain, 0 to K-1.
+
+    Raises:
+        ConfigError: the model has no box head, or the package ``grad-cam`` is not installed.
+    """
+    try:
+        from pytorch_grad_cam import GradCAM
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    except ImportError as error:
+        raise ConfigError(
+            "class-activation maps need the package grad-cam: pip install grad-cam"
+        ) from error
+    batch = model.batch(record)
+    classifier = BoxClassifier(model, box[None], record, batch)
+    level = classifier.level_of_box()
+    # A model that is frozen whole has no graph unless the image starts one.
+    images = batch.tensor.clone().requires_grad_(True)
+    with torch.enable_grad(), GradCAM(classifier, [classifier.levels[level]]) as cam:
+        values = cam(images, targets=[ClassifierOutputTarget(category)])[0]
+        probability = float(cam.outputs[0].detach().softmax(dim=0)[category])
+    height, width = batch.image_sizes[0]
+    # The padding beside the image is no place to look at: the image alone sets the scale.
+    values = torch.as_tensor(values)[None, None, :height, :width]
+    values = values / values.max().clamp(min=1e-12)
+    values = torch.nn.functional.interpolate(
+        values, size=(record["height"], record["width"]), mode="bilinear"
+    )
+    return ActivationMap(values[0, 0].numpy(), level, probability)
+
+
+def largest_object(record: dict) -> tuple[np.ndarray, int]:
+    """Returns box (4,) XYXY and class of the largest annotated object of a record."""
+    objects = ground_truth(record)
+    sides = objects.boxes[:, 2:] - objects.boxes[:, :2]
+    index = int(sides.prod(axis=1).argmax())
+    return objects.boxes[index], objects.classes[index]

@@ -1,0 +1,165 @@
+"""The benchmark's report: which parts it has, how often each ran, and that it survives JSON.
+
+Times are never compared: only what they are times of.
+"""
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import distilled_cfg
+
+from kd_detectron.errors import ConfigError
+from kd_detectron.profiling import benchmark
+
+SMALL = {"images": 1, "size": (64, 96), "repeats": 2}
+
+
+def small_report(tmp_path, distillers, opts=None, **options):
+    cfg = distilled_cfg(tmp_path, distillers, opts)
+    return benchmark.run_benchmark(cfg, name="tiny", memory=False, **SMALL, **options)
+
+
+@pytest.mark.parametrize(
+    ("distillers", "teacher"),
+    [
+        (["ReviewKD"], ["teacher backbone"]),
+        (["DCD"], ["teacher backbone", "teacher box head"]),
+        (["CKD", "FGFI"], ["teacher backbone", "teacher box head", "teacher predictor"]),
+    ],
+)
+def test_parts_are_what_the_distilled_step_runs(tmp_path, distillers, teacher):
+    report = small_report(tmp_path, distillers)
+    assert list(report["parts"]) == ["student step", *teacher, *distillers, "distilled step"]
+    for part in report["parts"].values():
+        assert len(part["seconds"]) == SMALL["repeats"]
+        assert 0 < part["low"] <= part["median"] <= part["high"]
+    assert report["batch"] == {"images": 1, "height": 64, "width": 96, "proposals": 16}
+    assert {"device", "cores", "threads", "torch", "detectron2"} <= set(report["machine"])
+
+
+def test_masks_autocast_and_the_unfolded_teacher_are_measured_too(tmp_path):
+    opts = ["MODEL.MASK_ON", True, "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
+    report = small_report(tmp_path, ["CKD", "ReviewKD"], opts, unfolded=True, clock="process")
+    assert report["amp"] == "bf16" and report["clock"] == "process"
+    assert report["parts"]["teacher backbone, BatchNorm not folded"]["kind"] == "reference"
+
+
+def test_every_round_runs_every_part_once_after_one_of_warm_up():
+    calls = Counter()
+
+    class Part:
+        def __init__(self, name):
+            self.name = name
+
+        def reset(self):
+            calls[self.name, "reset"] += 1
+
+        def __call__(self):
+            calls[self.name] += 1
+
+    seconds = benchmark.time_parts({n: Part(n) for n in "ab"}, repeats=4, device="cpu")
+    assert calls == {"a": 5, "b": 5, ("a", "reset"): 5, ("b", "reset"): 5}
+    assert [len(values) for values in seconds.values()] == [4, 4]
+
+
+def test_floor_is_student_teacher_and_distillers_of_the_same_round():
+    seconds = {
+        "student step": [2.0, 4.0, 2.0],
+        "teacher backbone": [1.0, 2.0, 1.0],
+        "CKD": [1.0, 2.0, 1.0],
+        "distilled step": [6.0, 12.0, 6.0],
+        "elsewhere": [9.0, 9.0, 9.0],
+    }
+    kinds = dict(
+        zip(seconds, ("student", "teacher", "distiller", "distilled", "reference"), strict=True)
+    )
+    ratios = benchmark.ratios(seconds, kinds)
+    assert ratios["floor"] == {"median": 1.5, "low": 1.5, "high": 1.5}
+    assert ratios["to_plain"]["median"] == 3.0
+
+
+def test_distiller_alone_differentiates_no_further_than_the_recorded_tensors(tmp_path):
+    cfg = distilled_cfg(tmp_path, ["CKD", "ReviewKD"])
+    step = benchmark.Step(
+        cfg, benchmark.synthetic_batch(cfg, images=1, size=(64, 96)), distilled=True
+    )
+    context = benchmark.record_context(step)
+    student = benchmark.tensors_of(vars(context.student))
+    assert len(student) == 7 and all(t.is_leaf and t.requires_grad for t in student)
+    assert not any(t.requires_grad for t in benchmark.tensors_of(vars(context.teacher)))
+    assert all(not d._forward_pre_hooks for d in step.model.distillers.values())
+    step.model.zero_grad()
+    for distiller in step.model.distillers.values():
+        benchmark.DistillerAlone(distiller, context, benchmark.autocast_options(cfg))()
+    assert context.student.logits.grad is not None
+    assert all(map_.grad is not None for map_ in context.student.features.values())
+    assert all(p.grad is None for n, p in step.model.named_parameters() if "distillers" not in n)
+
+
+def test_same_batch_and_proposals_in_every_step(tmp_path):
+    cfg = distilled_cfg(tmp_path, ["CKD"])
+    batch = benchmark.synthetic_batch(cfg, images=2, size=(64, 96))
+    again = benchmark.synthetic_batch(cfg, images=2, size=(64, 96))
+    assert torch.equal(batch[1]["image"], again[1]["image"])
+    step = benchmark.Step(cfg, batch, distilled=True)
+    first, second = (benchmark.record_context(step).proposal_boxes for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_memory_is_measured_for_each_part_in_a_process_of_its_own(tmp_path):
+    cfg = distilled_cfg(tmp_path, ["ReviewKD"])
+    report = benchmark.run_benchmark(cfg, name="tiny", **SMALL)
+    memory = report["memory"]
+    processes = {"idle", "student step", "teacher", "ReviewKD", "distilled step"}
+    assert processes | {"teacher weights", "teacher features", "fused features"} == set(memory)
+    assert all(memory[name] >= memory["idle"] > 0 for name in processes)
+    assert memory["teacher features"] == memory["fused features"] > 0
+    text = benchmark.format_report(report)
+    assert "memory ratio" in text and "floor ratio" in text and "quartiles" in text
+
+
+def test_memory_ratio_counts_what_is_above_an_idle_process():
+    memory = {"idle": 100, "student step": 300, "distilled step": 460, "CKD": 120}
+    memory |= {"teacher weights": 50, "teacher features": 30, "fused features": 20}
+    assert benchmark.memory_ratio(memory) == 360 / 300
+
+
+def command():
+    path = Path(__file__).parents[2] / "tools" / "benchmark.py"
+    spec = importlib.util.spec_from_file_location("benchmark_command", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_command_writes_json_that_compares_and_refuses_what_it_cannot_measure(tmp_path, capsys):
+    main = command()
+    config = tmp_path / "tiny.yaml"
+    config.write_text(distilled_cfg(tmp_path, ["CKD"]).dump())
+    out = tmp_path / "reports" / "a.json"
+    arguments = ["--config-file", str(config), "--images", "1", "--size", "64", "96"]
+    arguments += ["--repeats", "1", "--no-memory", "--proposals", "8", "--output", str(out)]
+    assert main(arguments) == 0
+    assert "tiny: 1 images of 64x96, 8 proposals" in capsys.readouterr().out
+    report = benchmark.load_report(out)
+    benchmark.save_report(report, out)
+    assert json.loads(out.read_text()) == report
+
+    assert main(["--compare", str(out), str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "distilled step: 1.000 times" in printed and "floor ratio" in printed
+
+    assert main([*arguments, "KD.ENABLED", "False"]) == 2
+    assert "nothing is distilled" in capsys.readouterr().err
+    assert main(["--compare", str(config)]) == 2
+    assert "not a report" in capsys.readouterr().err
+
+
+def test_report_that_is_none_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="has no parts"):
+        benchmark.load_report(tmp_path / "other.json")

@@ -1,0 +1,243 @@
+import csv
+import importlib.util
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from kd_detectron.errors import ConfigError
+from kd_detectron.runs.run import load_run
+from kd_detectron.runs.tables import build_table, load_teacher
+
+PUBLISHED = {
+    "source": "some paper",
+    "table_iv": {
+        "metrics": ["AP", "AP50", "AP75"],
+        "pairs": {
+            "R101-R18": {
+                "Teacher": [42.0, 62.0, 45.0],
+                "Student": [33.0, 53.0, 35.0],
+                "CKD": [35.0, 55.0, 38.0],
+            }
+        },
+    },
+    "table_v": {
+        "metrics": ["AP"],
+        "pairs": {"R101-R18": {"Student": [31.0], "CKD": [34.0]}},
+    },
+}
+
+
+def read_csv(table):
+    return list(csv.DictReader(io.StringIO(table.csv())))
+
+
+@pytest.fixture
+def teacher_file(tmp_path):
+    path = tmp_path / "teacher.json"
+    path.write_text(json.dumps({"AP": 40.0}))
+    return path
+
+
+def test_gain_and_share_of_the_gap(write_run, teacher_file):
+    baseline = load_run(write_run("baseline", ap=[30.0, 50.0]))
+    ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0, 56.0]))
+    table = build_table([ckd, baseline], teachers=[load_teacher(teacher_file)])
+    assert [row.method for row in table.rows] == ["teacher", "baseline", "CKD"]
+    row = table.rows[2]
+    assert row.gain == {"bbox": 4.0}
+    assert row.gap_closed == {"bbox": 40.0}
+    assert table.rows[1].gain == {} and table.rows[1].gap_closed == {}
+    assert table.notes == []
+
+
+def test_seeds_of_one_experiment_share_a_row(write_run):
+    runs = [
+        load_run(write_run(f"s{seed}", distillers=["CKD"], ap=[ap], seed=seed, seconds=60 * seed))
+        for seed, ap in ((1, 34.0), (2, 35.0), (3, 36.0))
+    ]
+    baseline = load_run(write_run("baseline", ap=[30.0]))
+    table = build_table(runs, baselines=[baseline])
+    row = table.rows[1]
+    value = row.metrics["bbox", "AP"]
+    assert (row.runs, value.mean, value.deviation, value.count) == (3, 35.0, 1.0, 3)
+    assert row.gain == {"bbox": 5.0}
+    assert row.seconds.mean == 120.0
+    assert "CKD (n=3)" in table.text() and "35.00 ± 1.00" in table.text()
+    assert "0:02:00" in table.text()
+
+
+def test_runs_that_differ_in_an_option_stay_apart_and_say_in_which(write_run):
+    plain = load_run(write_run("a", distillers=["CKD"], ap=[34.0]))
+    other = load_run(write_run("b", distillers=["CKD"], ap=[36.0], opts=["KD.CKD.TRIPLE", "sts"]))
+    # An option of a distiller that is not in use makes no difference.
+    same = load_run(write_run("c", distillers=["CKD"], ap=[35.0], opts=["KD.DKD.BETA", 9.0]))
+    table = build_table([plain, other, same])
+    assert [(row.method, row.runs) for row in table.rows] == [
+        ("CKD (CKD.TRIPLE tss)", 2),
+        ("CKD (CKD.TRIPLE sts)", 1),
+    ]
+
+
+def test_long_config_values_do_not_stretch_the_table(write_run):
+    data = [["x" * 100, "a.json", "a"]]
+    runs = [
+        load_run(write_run("a", ap=[30.0])),
+        load_run(write_run("b", ap=[30.0], opts=["DATASETS.COCO_FORMAT", data])),
+    ]
+    labels = [row.method for row in build_table(runs).rows]
+    assert labels[0] == "baseline (DATASETS.COCO_FORMAT [])"
+    assert labels[1] == f"baseline (DATASETS.COCO_FORMAT [['{'x' * 24}...)"
+
+
+def test_missing_values_are_never_zero(write_run):
+    ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0], seconds=None))
+    table = build_table([ckd])
+    (row,) = read_csv(table)
+    assert (row["box AP"], row["box AP50"], row["box gain"]) == ("34.0", "", "")
+    assert (row["box gap closed %"], row["training seconds"]) == ("", "")
+    (line,) = (line for line in table.text().splitlines() if line.startswith("CKD"))
+    cells = line.split()
+    assert cells == ["CKD", "R101-R18", "34.00", *["-"] * 8]
+    assert table.notes == [
+        "No baseline run for Faster R-CNN with student R18 on coco_2017_val: no gain is shown."
+    ]
+
+
+def test_gain_is_measured_against_the_same_student_only(write_run):
+    r18 = load_run(write_run("r18", ap=[30.0]))
+    r50 = load_run(write_run("r50", ap=[36.0], depth=50))
+    ckd18 = load_run(write_run("ckd18", distillers=["CKD"], ap=[34.0]))
+    ckd50 = load_run(write_run("ckd50", distillers=["CKD"], ap=[39.0], depth=50))
+    table = build_table([r18, r50, ckd18, ckd50])
+    assert [(row.method, row.pair, row.gain) for row in table.rows] == [
+        ("baseline", "R18", {}),
+        ("CKD", "R101-R18", {"bbox": 4.0}),
+        ("baseline", "R50", {}),
+        ("CKD", "R101-R50", {"bbox": 3.0}),
+    ]
+
+
+def test_named_baseline_takes_precedence_and_differences_are_noted(write_run):
+    short = load_run(write_run("short", ap=[20.0], iterations=10))
+    long = load_run(write_run("long", ap=[30.0], opts=["SOLVER.MAX_ITER", 100]))
+    ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0], opts=["SOLVER.MAX_ITER", 100]))
+    ambiguous = build_table([short, long, ckd])
+    assert ambiguous.rows[-1].gain == {}
+    assert "name one with --baseline" in ambiguous.notes[0]
+    assert build_table([short, ckd], baselines=[long]).rows[-1].gain == {"bbox": 4.0}
+    unfair = build_table([short, long, ckd], baselines=[short])
+    assert unfair.rows[-1].gain == {"bbox": 14.0}
+    assert "SOLVER.MAX_ITER (100, baseline 40000)" in unfair.notes[0]
+    assert "iterations trained (100, baseline 10)" in unfair.notes[0]
+
+
+def test_distilled_run_is_refused_as_baseline(write_run):
+    ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0]))
+    with pytest.raises(ConfigError, match=r"trained with KD\.DISTILLERS CKD"):
+        build_table([ckd], baselines=[ckd])
+
+
+def test_published_numbers_stand_beside_the_rows_they_belong_to(write_run, tmp_path):
+    teacher = tmp_path / "teacher.json"
+    teacher.write_text(json.dumps({"name": "R101", "bbox": {"AP": 41.0}}))
+    runs = [
+        load_run(write_run("baseline", ap=[30.0])),
+        load_run(write_run("ckd", distillers=["CKD"], ap=[34.0])),
+        load_run(write_run("dkd", distillers=["DKD"], ap=[33.0])),
+        load_run(write_run("mask", distillers=["CKD"], ap=[35.0], mask_ap=[33.0])),
+        load_run(write_run("own", distillers=["CKD"], ap=[1.0], opts=["DATASETS.TEST", ("my",)])),
+    ]
+    table = build_table(runs, teachers=[load_teacher(teacher)], published=PUBLISHED)
+    papers = {(row.method, row.detector): row.paper for row in table.rows}
+    box = {("bbox", "AP"): 35.0, ("bbox", "AP50"): 55.0, ("bbox", "AP75"): 38.0}
+    assert papers["teacher", "Faster R-CNN"]["bbox", "AP"] == 42.0
+    assert papers["baseline", "Faster R-CNN"]["bbox", "AP"] == 33.0
+    assert papers["CKD (DATASETS.TEST ['coco_2017_val'])", "Faster R-CNN"] == box
+    assert papers["CKD (DATASETS.TEST ['my'])", "Faster R-CNN"] == {}
+    assert papers["DKD", "Faster R-CNN"] == {}
+    assert papers["CKD", "Mask R-CNN"] == {("segm", "AP"): 34.0}
+    gains = {row.method: row.paper_gain for row in table.rows if row.detector == "Mask R-CNN"}
+    assert gains == {"CKD": {"segm": 3.0}}
+    assert table.notes[-1] == "paper: some paper."
+    assert "### Faster R-CNN\n" in table.markdown() and "### Mask R-CNN\n" in table.markdown()
+
+
+def test_unfinished_run_is_labelled_and_not_averaged(write_run):
+    done = load_run(write_run("a", distillers=["CKD"], ap=[34.0]))
+    metrics = [{"iteration": 49, "bbox/AP": 10.0}]
+    stopped = load_run(write_run("b", distillers=["CKD"], seed=1, result=False, metrics=metrics))
+    table = build_table([done, stopped])
+    assert [row.method for row in table.rows] == ["CKD", "CKD (unfinished, 50 iterations)"]
+
+
+def test_teacher_without_gap_closes_nothing(write_run, tmp_path):
+    teacher = tmp_path / "teacher.json"
+    teacher.write_text('{"AP": 29.0}')
+    runs = [
+        load_run(write_run("baseline", ap=[30.0])),
+        load_run(write_run("ckd", distillers=["CKD"], ap=[34.0])),
+    ]
+    table = build_table(runs, teachers=[load_teacher(teacher)])
+    assert table.rows[-1].gap_closed == {}
+    assert "there is no gap to close" in table.notes[0]
+
+
+def test_teacher_can_be_a_run_folder(write_run):
+    teacher = load_teacher(write_run("teacher", depth=101, ap=[40.0], seconds=7200.0))
+    runs = [
+        load_run(write_run("baseline", ap=[30.0])),
+        load_run(write_run("ckd", distillers=["CKD"], ap=[34.0])),
+    ]
+    table = build_table(runs, teachers=[teacher])
+    assert table.rows[0].pair == "R101" and table.rows[0].seconds.mean == 7200.0
+    assert table.rows[-1].gap_closed == {"bbox": 40.0}
+
+
+def test_box_ap_of_a_teacher_file_is_no_mask_rcnn_in_a_mixed_table(write_run, teacher_file):
+    runs = [
+        load_run(write_run("baseline", ap=[30.0])),
+        load_run(write_run("ckd", distillers=["CKD"], ap=[34.0])),
+        load_run(write_run("mask_baseline", ap=[30.0], mask_ap=[28.0])),
+        load_run(write_run("mask_ckd", distillers=["CKD"], ap=[34.0], mask_ap=[32.0])),
+    ]
+    table = build_table(runs, teachers=[load_teacher(teacher_file)])
+    shares = {(row.detector, row.method): row.gap_closed for row in table.rows}
+    assert shares["Faster R-CNN", "CKD"] == {"bbox": 40.0}
+    assert shares["Mask R-CNN", "CKD"] == {}
+    assert table.rows[-1].gain == {"bbox": 4.0, "segm": 4.0}
+
+
+@pytest.mark.parametrize("text", ["{}", "[1]", '{"bbox": 3}', '{"AP": '])
+def test_teacher_file_without_ap_is_refused(tmp_path, text):
+    path = tmp_path / "teacher.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"teacher\.json"):
+        load_teacher(path)
+
+
+def load_tool(name):
+    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_prints_and_writes_the_table(write_run, teacher_file, tmp_path, capsys):
+    baseline, ckd = write_run("baseline", ap=[30.0]), write_run("c", distillers=["CKD"], ap=[34.0])
+    files = ["--csv", str(tmp_path / "t.csv"), "--markdown", str(tmp_path / "t.md")]
+    arguments = [str(ckd), "--baseline", str(baseline), "--teacher", str(teacher_file), *files]
+    assert load_tool("results_table").main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "+4.00" in printed and "40%" in printed and "35.08" in printed
+    rows = list(csv.DictReader((tmp_path / "t.csv").open()))
+    assert [row["method"] for row in rows] == ["teacher", "baseline", "CKD"]
+    assert (rows[2]["box gain"], rows[2]["paper box AP"]) == ("4.0", "35.08")
+    assert (tmp_path / "t.md").read_text().splitlines()[2].startswith("| method")
+
+
+def test_command_reports_a_user_error_without_traceback(tmp_path, capsys):
+    assert load_tool("results_table").main([str(tmp_path)]) == 2
+    assert "error:" in capsys.readouterr().err

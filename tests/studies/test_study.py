@@ -1,0 +1,231 @@
+"""Studies: read and checked, finished runs skipped, failed ones named, a report at the end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tiny import NUM_CLASSES, tiny_cfg
+
+from kd_detectron.config import config_dir, get_config
+from kd_detectron.data.synthetic import make_synthetic
+from kd_detectron.studies import study as studies
+from kd_detectron.engine.hooks import read_metrics
+from kd_detectron.errors import ConfigError
+
+STUDIES = sorted(path.name for path in (config_dir() / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_names_configs_and_keys_that_exist(name):
+    study = studies.load_study(name)
+    assert len({run.folder for run in study.runs}) == len(study.runs)
+    for run in study.runs:
+        cfg = get_config(run.config, run.opts)
+        assert run.max_iter == cfg.SOLVER.MAX_ITER > 0
+
+
+def test_first_seeds_of_all_runs_come_first(tmp_path):
+    one, two = ({"name": n, "config": "demo/baseline.yaml", "seeds": [3, 4]} for n in "ab")
+    file = tmp_path / "study.yaml"
+    file.write_text(json.dumps({"output": "out", "runs": [one, two]}))
+    folders = [str(run.folder) for run in studies.load_study(str(file)).runs]
+    assert folders == ["out/a/seed3", "out/b/seed3", "out/a/seed4", "out/b/seed4"]
+
+
+def test_part_of_a_study_is_the_same_runs_in_the_same_folders():
+    whole = {str(run.folder): run for run in studies.load_study("bccd.yaml").runs}
+    part = studies.load_study("quick.yaml").runs
+    assert {run.name for run in part} >= {"teacher", "baseline", "ckd_reviewkd"}
+    assert len(part) == len({run.name for run in part})
+    assert all(run == whole[str(run.folder)] for run in part)
+
+
+def test_part_with_its_own_output_is_the_same_runs_changed(tmp_path):
+    file = tmp_path / "again.yaml"
+    file.write_text(
+        "part_of: bccd.yaml\noutput: again\nonly: [baseline, heads]\n"
+        "opts: [KD.TEACHER.WEIGHTS, other.pth, KD.SCHEDULE.STOP_ITER, 5]\n"
+    )
+    again = studies.load_study(str(file))
+    whole = {run.name: run for run in studies.load_study("bccd.yaml").runs}
+    assert again.expected is None
+    assert [str(run.folder) for run in again.runs[:2]] == [
+        "again/baseline/seed1",
+        "again/heads/seed1",
+    ]
+    assert {run.teacher_weights for run in again.runs} == {"", "other.pth"}
+    assert {run.config for run in again.runs} == {whole[n].config for n in ("baseline", "heads")}
+    heads = again.runs[1]
+    assert get_config(heads.config, heads.opts).KD.SCHEDULE.STOP_ITER == 5  # the row's own is 1
+
+
+def test_study_without_a_teacher_is_reported_with_the_one_its_students_have(tmp_path):
+    def study(*teachers):
+        runs = [
+            {"name": f"{n}", "config": "demo/ckd_reviewkd.yaml", "opts": ["KD.TEACHER.WEIGHTS", w]}
+            for n, w in enumerate(teachers)
+        ]
+        runs.append({"name": "alone", "config": "demo/baseline.yaml"})
+        file = tmp_path / "study.yaml"
+        file.write_text(json.dumps({"output": "out", "runs": runs}))
+        return studies.load_study(str(file))
+
+    weights = str(tmp_path / "big" / "model_final.pth")
+    assert studies.teacher_of_others(study(weights)) is None  # no finished run
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "result.json").write_text("{}")
+    assert studies.teacher_of_others(study(weights, weights)) == tmp_path / "big"
+    assert studies.teacher_of_others(study(weights, "other/model_final.pth")) is None
+    assert studies.teacher_of_others(study()) is None
+
+
+def test_paper_ablations_stand_ready():
+    runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
+    ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}
+    assert {ckd[f"triple_{t}"].TRIPLE for t in ("tss", "sts", "stt")} == {"tss", "sts", "stt"}
+    assert {0.07, 0.5, 1.0, 4.0} <= {node.TEMPERATURE for node in ckd.values()}
+    assert {0, 16, 64, 2048} <= {node.GROUP_SIZE for node in ckd.values()}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("runs: [{name: a, config: demo/teacher_r18.yaml, sedes: [1]}]", ["sedes", "seeds"]),
+        ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
+        ("rons: []", ["rons", "runs"]),
+        ("expected: none.json\nruns: []", ["expected", "none.json"]),
+        ("part_of: demo.yaml\nonly: [techer]\nseeds: [1]", ["techer", "teacher"]),
+        ("part_of: demo.yaml\nopts: [SEED, 7]", ["opts", "output", "demo.yaml"]),
+        ("part_of: demo.yaml\nexpected: none.json", ["expected", "output", "demo.yaml"]),
+    ],
+)
+def test_mistakes_in_a_study_are_named(tmp_path, content, words):
+    file = tmp_path / "study.yaml"
+    file.write_text(content if "part_of" in content else f"output: {tmp_path}\n{content}\n")
+    with pytest.raises(ConfigError) as error:
+        studies.load_study(str(file))
+    assert all(word in str(error.value) for word in words)
+
+
+@pytest.fixture
+def study_file(tmp_path, monkeypatch):
+    """Two tiny runs on six synthetic images and one that cannot work."""
+    make_synthetic(tmp_path / "data", 6, 2, image_size=(64, 64))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    # Detectron2's catalog outlives a test.
+    tag = tmp_path.name
+    cfg = tiny_cfg(
+        [
+            *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", 8),
+            *("DATASETS.COCO_FORMAT", [[f"{s}_{tag}", f"{s}.json", s] for s in ("train", "val")]),
+            *("DATASETS.TRAIN", (f"train_{tag}",)),
+            *("DATASETS.TEST", (f"val_{tag}",)),
+            *("SOLVER.MAX_ITER", 2),
+            *("SOLVER.STEPS", ()),
+        ]
+    )  # fmt: skip
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        f"output: {tmp_path / 'out'}\n"
+        f"runs:\n"
+        f"  - {{name: good, config: {tmp_path / 'run.yaml'}, seeds: [1, 2]}}\n"
+        f"  - name: bad\n"
+        f"    config: {tmp_path / 'run.yaml'}\n"
+        f"    opts: [MODEL.ROI_HEADS.NUM_CLASSES, {NUM_CLASSES}]\n"
+    )
+    return file
+
+
+def test_finished_runs_are_skipped_failed_ones_named_and_a_table_ends_it(
+    tmp_path, study_file, capsys
+):
+    assert studies.main([str(study_file)]) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED with exit code 2" in printed and "NUM_CLASSES" in printed
+    assert "1 runs failed" in printed and "good (n=2)" in printed
+    out = tmp_path / "out"
+    written = {path.name for path in out.iterdir() if path.is_file()}
+    assert written >= {"results.md", "results.csv", "ap.png", "curves.png", "predictions.png"}
+    before = os.path.getmtime(out / "good" / "seed1" / "model_final.pth")
+    assert studies.main([str(study_file)]) == 1
+    assert os.path.getmtime(out / "good" / "seed1" / "model_final.pth") == before
+
+    good_runs = study_file.read_text().split("  - name: bad")[0]
+    study_file.write_text(good_runs)
+    ranges = tmp_path / "ranges.json"
+    assert studies.main([str(study_file), "--write-expected", str(ranges)]) == 0
+    study_file.write_text(f"expected: ranges.json\n{good_runs}")
+    assert studies.main([str(study_file)]) == 0
+    wrong = json.loads(ranges.read_text())
+    wrong["good"]["bbox"] |= {"low": 90.0, "high": 95.0}
+    ranges.write_text(json.dumps(wrong))
+    capsys.readouterr()
+    assert studies.main([str(study_file)]) == 1
+    printed = capsys.readouterr().out
+    assert "good/seed1: box AP is" in printed and "expected 90.0 to 95.0" in printed
+
+
+def heed_interrupts():
+    # A shell that runs the tests in the background makes all its children ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 80"))
+    command = [sys.executable, "-m", "kd_detectron.studies.study", str(study_file)]
+    stopped = tmp_path / "out" / "good" / "seed1"
+
+    def steps():
+        return len(read_metrics(str(stopped / "metrics.json")))
+
+    def interrupt(send):
+        process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_interrupts)
+        deadline, before = time.monotonic() + 300, steps()
+        while steps() <= before:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.2)
+        send(process)
+        assert process.wait(timeout=60) == 75
+        assert (stopped / "last_checkpoint").is_file() and not (stopped / "result.json").is_file()
+
+    # Ctrl-C reaches every process of the terminal, a cluster's SIGTERM the study alone.
+    interrupt(lambda process: os.killpg(process.pid, signal.SIGINT))
+    interrupt(lambda process: process.terminate())
+
+    (tmp_path / "study.yaml").write_text(
+        study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
+    )
+    assert studies.main([str(study_file)]) == 0
+    assert json.loads((stopped / "result.json").read_text())["iterations"] == 80
+    log = (stopped / "console.log").read_text()
+    starts = [int(s.split()[0]) for s in log.split("Starting training from iteration ")[1:]]
+    assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
+
+
+def test_runs_go_side_by_side_and_students_wait_for_their_teacher(tmp_path, study_file, capsys):
+    text = study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
+    study_file.write_text(
+        f"{text}"
+        f"  - name: early\n"
+        f"    config: {tmp_path / 'run.yaml'}\n"
+        f"    opts: &student\n"
+        f"      [MODEL.META_ARCHITECTURE, DistilledRCNN, KD.DISTILLERS, \"['KD']\",\n"
+        f"       KD.TEACHER.CONFIG_FILE, {tmp_path / 'run.yaml'},\n"
+        f"       KD.TEACHER.WEIGHTS, '{{output}}/teacher/model_final.pth']\n"
+        f"  - {{name: teacher, config: {tmp_path / 'run.yaml'}}}\n"
+    )
+    assert studies.main([str(study_file), "--jobs", "2"]) == 0
+    started = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    assert [line.split("/out/")[1].split(",")[0] for line in started] == [
+        "good/seed1",
+        "teacher",
+        "early",
+    ]
+    assert len({os.path.getmtime(f) for f in (tmp_path / "out").rglob("result.json")}) == 3
