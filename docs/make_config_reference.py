@@ -11,12 +11,13 @@ prints.
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 
-from kd_detectron import add_kd_config, config
-from kd_detectron.backbones import config as backbone_config
+from kd_detectron import add_kd_config
+from kd_detectron.backbones.config import add_backbone_config
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, option_defaults
 
 TITLE = """# Config reference
@@ -39,18 +40,15 @@ def reference() -> str:
     cfg = get_cfg()
     add_kd_config(cfg)
     lines = [TITLE]
-    for module in (config, backbone_config):
-        if module is backbone_config:
-            lines += ["", "## Backbones", ""]
-        for line in entries(module, cfg):
-            lines.append(line)
+    lines += entries(add_kd_config, cfg)
+    lines += ["", "## Backbones", "", *entries(add_backbone_config, cfg)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip()) + "\n"
 
 
-def entries(module, cfg: CfgNode):
-    """Markdown lines for one file: sections, nodes and keys in the order of the source."""
+def entries(function: Callable, cfg: CfgNode):
+    """Markdown lines for one function that adds keys: sections, nodes and keys in the order of the source."""
     comment, node = [], ""
-    for line in Path(module.__file__).read_text(encoding="utf-8").splitlines():
+    for line in inspect.getsource(function).splitlines():
         code = line.strip()
         if section := SECTION.match(code):
             yield from ("", f"## {section[1].capitalize()}", "")
