@@ -46,7 +46,7 @@ def reference() -> str:
 
 
 def entries(function: Callable, cfg: CfgNode):
-    """Markdown lines for one function that adds keys: sections, nodes and keys in the order of the source."""
+    """Markdown lines for a function that adds keys: sections, nodes, keys in the source's order."""
     comment, node = [], ""
     for line in inspect.getsource(function).splitlines():
         code = line.strip()
