@@ -33,6 +33,12 @@ for name in (
     "ckd_loss kd_loss dkd_loss bickd_loss hcl_loss dcd_loss supcon_loss crd_loss".split()
 ):
     assert callable(getattr(losses, name)), name
+try:
+    from kd_detectron import get_config
+except ImportError as error:
+    assert "Detectron2, which is not installed" in str(error), error
+else:
+    raise AssertionError
 print("ran")
 """
 

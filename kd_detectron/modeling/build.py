@@ -7,7 +7,7 @@ plain one under the same seed.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import SimpleNamespace
 
 import torch
@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from kd_detectron.distillers import DISTILLER_REGISTRY, ModelSpec, build_distiller, find_distiller
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, did_you_mean
 
 from .frozen_teacher import FrozenTeacher, model_spec
 from .taps import anchor_levels_of
@@ -44,6 +44,11 @@ def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
             raise ConfigError(
                 f"KD.TEACHER.INHERIT is {list(cfg.KD.TEACHER.INHERIT)} but KD.DISTILLERS is empty, "
                 "so no teacher is built; name a distiller (KD.SCHEDULE.STOP_ITER 1 ends it at once)"
+            )
+        if cfg.KD.ENABLED and cfg.KD.TEACHER.CONFIG_FILE:
+            logger.warning(
+                "KD.TEACHER.CONFIG_FILE is '%s' but KD.DISTILLERS is empty: nothing is distilled",
+                cfg.KD.TEACHER.CONFIG_FILE,
             )
         return {"teacher": None, "distillers": {}, "distillation_weights": {}}
     if len(set(names)) != len(names):
@@ -112,11 +117,34 @@ def weight_and_options(cfg: CfgNode, name: str) -> tuple[float, dict]:
     cls = find_distiller(name)
     options = dict(cfg.KD.get(name.upper(), {}))
     weight = options.pop("WEIGHT", cls.default_weight)
+    return check_weight(f"KD.{name.upper()}.WEIGHT", weight), options
+
+
+def check_weight(key: str, weight: float) -> float:
+    """Returns a distiller's weight if it can be used; else a ConfigError that names ``key``."""
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise ConfigError(
-            f"KD.{name.upper()}.WEIGHT is {weight}; it must be a finite number, not negative"
-        )
-    return float(weight), options
+        raise ConfigError(f"{key} is {weight}; it must be a finite number, not negative")
+    return float(weight)
+
+
+def check_weights(weights: Mapping[str, float], distillers: Collection[str]) -> dict[str, float]:
+    """Weights by distiller as a meta-architecture is given them; 1 where absent.
+
+    Args:
+        weights: the argument ``distillation_weights``.
+        distillers: names of the distillers.
+
+    Raises:
+        ConfigError: a name is that of no distiller of the model, or a weight cannot be used.
+    """
+    for name, weight in weights.items():
+        if name not in distillers:
+            raise ConfigError(
+                f"distillation_weights names '{name}', which is no distiller of the model"
+                f"{did_you_mean(name, distillers)}"
+            )
+        check_weight(f"distillation_weights['{name}']", weight)
+    return {name: float(weights.get(name, 1.0)) for name in distillers}
 
 
 def check_fits(

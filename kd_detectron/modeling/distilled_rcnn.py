@@ -24,7 +24,7 @@ from kd_detectron.context import DistillationContext
 from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 
-from .build import build_distillers
+from .build import build_distillers, check_weights
 from .frozen_teacher import FrozenTeacher
 from .taps import StudentTaps
 
@@ -61,14 +61,13 @@ class DistillationMixin:
         super().__init__(**student)
         if not isinstance(distillers, Mapping):
             distillers = {type(distiller).__name__: distiller for distiller in distillers}
-        weights = distillation_weights or {}
         if distillers and teacher is None:
             raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
         if distillers and self.input_format is None:
             raise ConfigError("input_format is None; give the student's, 'BGR' or 'RGB'")
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
-        self.distillation_weights = {name: weights.get(name, 1.0) for name in distillers}
+        self.distillation_weights = check_weights(distillation_weights or {}, distillers)
         self.distillation_factor = 1.0
 
     @classmethod
