@@ -14,6 +14,7 @@ This file, like every distiller and loss, is plain PyTorch: it runs without Dete
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from fvcore.common.registry import Registry
@@ -50,12 +51,16 @@ class Distiller(nn.Module):
     """Base class of every method: subclass, register, return named losses from ``forward``.
 
     Class attributes:
+        default_weight: default of ``KD.<NAME>.WEIGHT``, the factor on its losses.
         requires: the parts of the context that ``forward`` reads, a subset of ``{"features",
-            "logits", "box_features", "anchors"}``. Checked against student and teacher when the
-            model is built, so that a method that cannot work is refused before the first step.
+            "objectness", "box_features", "logits", "box_deltas", "mask_logits", "anchors"}``;
+            "objectness" covers the anchors' deltas and labels. Checked against student and teacher
+            when the model is built, so that a method that cannot work is refused before the first
+            step. What no distiller requires is not computed.
     """
 
-    requires: frozenset[str] = frozenset()
+    default_weight: ClassVar[float] = 1.0
+    requires: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_specs(cls, student: ModelSpec, teacher: ModelSpec, **options) -> "Distiller":
