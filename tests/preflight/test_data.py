@@ -6,9 +6,10 @@ import logging
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kd_detectron.data import check_coco_files, check_datasets
 from kd_detectron.errors import ConfigError
-from kd_detectron.preflight.data import UNKNOWN_CLASSES
+from kd_detectron.preflight.annotations import check_coco_files
+from kd_detectron.preflight.classes import UNKNOWN_CLASSES
+from kd_detectron.preflight.data import check_datasets
 
 
 def refused(cfg, *parts, **options):
