@@ -1,9 +1,12 @@
 """Are the datasets that a config names there, sound, and what the model needs?
 
-Cost: the reading of the JSON and one listing of each image folder, not one look per image.
+:func:`check_data` is what training, ``--check`` and LazyConfig training call; it also compares the
+classes of student, datasets and teacher.
 """
 
 import logging
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from detectron2.config import CfgNode
@@ -81,6 +84,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSumm
                     f"{did_you_mean(name, DatasetCatalog.keys())} (your own data is registered by"
                     " DATASETS.COCO_FORMAT)"
                 )
+    if cfg.MODEL.LOAD_PROPOSALS:
+        _check_proposal_files(cfg, named)
     summaries = {}
     for key, names in named.items():
         for name in names:
@@ -92,28 +97,45 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSumm
     return summaries
 
 
+def _check_proposal_files(cfg: CfgNode, named: Mapping[str, Sequence[str]]) -> None:
+    for key, names in named.items():
+        files_key = "DATASETS.PROPOSAL_FILES_" + key.removeprefix("DATASETS.")
+        files = cfg.DATASETS[files_key.removeprefix("DATASETS.")] if names else ()
+        if len(files) != len(names):
+            raise ConfigError(
+                f"MODEL.LOAD_PROPOSALS is True and {key} names {len(names)} datasets, but"
+                f" {files_key} {len(files)} files; give one proposal file for each dataset"
+            )
+        for file in files:
+            if "://" not in file and not os.path.isfile(file):
+                raise ConfigError(
+                    f"MODEL.LOAD_PROPOSALS is True but '{absolute(file)}' of {files_key} does not"
+                    " exist; correct the path (it is relative to the working directory)"
+                )
+
+
 def _check_dataset(cfg: CfgNode, key: str, name: str) -> DatasetSummary:
     metadata = MetadataCatalog.get(name)
-    if metadata.get("evaluator_type") != "coco":
-        return _check_dicts(f"{key} '{name}'", name)
+    title = f"{key} '{name}'"
+    files = (metadata.get("json_file"), metadata.get("image_root"))
+    if metadata.get("evaluator_type") != "coco" or not all(files):
+        return _check_dicts(cfg, title, name)
+    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     summary = check_coco_files(
-        metadata.json_file,
-        metadata.image_root,
-        name=f"{key} '{name}'",
+        *files,
+        name=title,
         for_training=key == "DATASETS.TRAIN",
         for_test=name in cfg.DATASETS.TEST,
         mask_format=cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else None,
-        num_keypoints=(
-            cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None
-        ),
+        num_keypoints=keypoints if cfg.MODEL.KEYPOINT_ON else None,
+        max_corrupt_images=cfg.DATALOADER.MAX_CORRUPT_IMAGES,
     )
     builtin = metadata.get("thing_classes")
     if builtin is not None and tuple(builtin) != summary.classes:
         raise ConfigError(
-            f"{key} '{name}': '{absolute(metadata.json_file)}' has the"
-            f" {count_classes(summary.classes)}, but that name stands for the"
-            f" {count_classes(builtin)}; register your own data under a name of its own in"
-            " DATASETS.COCO_FORMAT"
+            f"{title}: '{absolute(files[0])}' has the {count_classes(summary.classes)}, but that"
+            f" name stands for the {count_classes(builtin)}; register your own data under a name of"
+            " its own in DATASETS.COCO_FORMAT"
         )
     return replace(summary, name=name)
 
@@ -123,30 +145,28 @@ def _check_keypoint_metadata(cfg: CfgNode, key: str, name: str) -> None:
     metadata = MetadataCatalog.get(name)
     count = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS
     title = f"{key} '{name}': MODEL.KEYPOINT_ON is True"
-    if key == "DATASETS.TRAIN":
-        names = metadata.get("keypoint_names")
-        if names is None or metadata.get("keypoint_flip_map") is None:
-            raise ConfigError(
-                f"{title} but the dataset has no keypoint names and no pairs to exchange when an"
-                f" image is flipped; set MetadataCatalog.get('{name}').keypoint_names and"
-                " .keypoint_flip_map in a file given to --import, or MODEL.KEYPOINT_ON to False"
-            )
-        if len(names) != count:
-            raise ConfigError(
-                f"{title} and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count} but the dataset"
-                f" names {len(names)} keypoints; set NUM_KEYPOINTS to {len(names)}"
-            )
+    names = metadata.get("keypoint_names")
+    if key == "DATASETS.TRAIN" and None in (names, metadata.get("keypoint_flip_map")):
+        raise ConfigError(
+            f"{title} but the dataset has no keypoint names and no pairs to exchange when an image"
+            f" is flipped; set MetadataCatalog.get('{name}').keypoint_names and .keypoint_flip_map"
+            " in a file given to --import, or MODEL.KEYPOINT_ON to False"
+        )
     # Without sigmas pycocotools takes those of COCO's 17 keypoints of a person.
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17
-    if name in cfg.DATASETS.TEST and sigmas != count:
-        raise ConfigError(
-            f"{title} and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count} but"
-            f" TEST.KEYPOINT_OKS_SIGMAS are for {sigmas} keypoints; give one for each keypoint"
-        )
+    for known, what in (
+        (names if key == "DATASETS.TRAIN" else None, "the dataset's keypoint_names has"),
+        (range(sigmas) if name in cfg.DATASETS.TEST else None, "TEST.KEYPOINT_OKS_SIGMAS are for"),
+    ):
+        if known is not None and len(known) != count:
+            raise ConfigError(
+                f"{title} and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count} but {what}"
+                f" {len(known)} keypoints; give one for each keypoint"
+            )
 
 
-def _check_dicts(title: str, name: str) -> DatasetSummary:
-    # Registered by a user's own function: only its result can be checked.
+def _check_dicts(cfg: CfgNode, title: str, name: str) -> DatasetSummary:
+    """Checks what a user's own function returns."""
     try:
         dataset_dicts = DatasetCatalog.get(name)
     except OSError as error:
@@ -158,5 +178,11 @@ def _check_dicts(title: str, name: str) -> DatasetSummary:
         )
     check_on_disk(title, [record["file_name"] for record in dataset_dicts])
     count = sum(len(record.get("annotations", ())) for record in dataset_dicts)
-    classes = tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+    metadata = MetadataCatalog.get(name)
+    classes = tuple(metadata.get("thing_classes", ()))
+    if name in cfg.DATASETS.TEST and metadata.get("evaluator_type") == "coco" and not classes:
+        raise ConfigError(
+            f"{title} has the evaluator type 'coco' but no class names, which the evaluation reads;"
+            f" set MetadataCatalog.get('{name}').thing_classes in a file given to --import"
+        )
     return DatasetSummary(name, len(dataset_dicts), count, classes)
