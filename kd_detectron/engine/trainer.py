@@ -34,6 +34,7 @@ from kd_detectron.data.loader import build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import use_fastest_memory_format
 from kd_detectron.preflight.evaluation import evaluator_type
+from kd_detectron.runs.files import METRICS, parse_record
 
 from .hooks import (
     DistillationSchedule,
@@ -44,7 +45,6 @@ from .hooks import (
     StopOnSignal,
     TeacherGuard,
     WriteResult,
-    parse_record,
 )
 from .pictures import TrainingPictures
 from .train_loop import DistillationTrainLoop
@@ -224,7 +224,7 @@ def run_facts(cfg: CfgNode, model, seed: int) -> dict:
 
 def forget_metrics_from(output_dir: str, iteration: int) -> None:
     """Cuts ``metrics.json`` at the first record of an iteration that will be run (again)."""
-    path = os.path.join(output_dir, "metrics.json")
+    path = os.path.join(output_dir, METRICS)
     if not comm.is_main_process() or not os.path.isfile(path):
         return
     kept = 0
