@@ -1,6 +1,13 @@
-"""One file a distillation method; importing this package registers them all."""
+"""One file per distillation method; importing this package registers them all."""
 
-from .base import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from .base import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    ModelSpec,
+    build_distiller,
+    find_distiller,
+    option_defaults,
+)
 from .bickd import BicKD
 from .boxkd import BoxKD
 from .ckd import CKD
@@ -35,4 +42,6 @@ __all__ = [
     "ReviewKD",
     "SupCon",
     "build_distiller",
+    "find_distiller",
+    "option_defaults",
 ]

@@ -34,8 +34,8 @@ from tqdm import tqdm
 
 from kd_detectron.commands import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
 from kd_detectron.config import config_dir, get_config
-from kd_detectron.engine.hooks import read_metrics
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.runs.files import read_metrics
 from kd_detectron.runs.run import Run, load_run
 from kd_detectron.studies.expected import outside_expected, write_expected
 from kd_detectron.studies.report import TEACHER, write_report
@@ -78,7 +78,7 @@ class StudyRun:
 
     def iterations_done(self) -> int:
         """Iterations so far, from the run's metrics."""
-        records = read_metrics(str(self.folder / "metrics.json"))
+        records = read_metrics(self.folder)
         done = max((int(record["iteration"]) + 1 for record in records), default=0)
         # The last evaluation is recorded one iteration after the last step.
         return min(done, self.max_iter)
@@ -283,7 +283,7 @@ class _ActiveRun:
     def poll(self) -> int | None:
         """Moves the progress bar on; returns the exit code, None while the process runs."""
         code = self._process.poll()
-        records = read_metrics(str(self.run.folder / "metrics.json"))
+        records = read_metrics(self.run.folder)
         if records:
             self._bar.update(self.run.iterations_done() - self._bar.n)
             aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]

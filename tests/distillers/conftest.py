@@ -1,7 +1,8 @@
 """A small stand-in for what both models computed in a step, with every part a distiller may read.
 
-Two models that differ wherever they may: channels of the maps (C; not for PKD, which needs the same)
-and width of the box head (D). All teacher tensors require grad here, so that a test sees whether a distiller would train them.
+Two models that differ wherever they may: channels of the maps (C; not for PKD, which compares them
+as they are) and width of the box head (D). All teacher tensors require grad here, so that a test
+sees whether a distiller would train them.
 """
 
 from types import SimpleNamespace

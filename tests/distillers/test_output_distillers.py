@@ -14,8 +14,9 @@ def spec(channels=256):
     return ModelSpec(dict.fromkeys(LEVELS, channels), LEVELS, 3, 16)
 
 
-def only_loss(name, options, context, specs=(ModelSpec(), ModelSpec())):
-    distiller = build_distiller(name, options, *specs)
+def only_loss(name, options, context, both=None):
+    both = both or ModelSpec()
+    distiller = build_distiller(name, options, both, both)
     assert list(distiller.parameters()) == []
     losses = distiller(context)
     assert list(losses) == [f"loss_{name.lower()}"]
@@ -29,7 +30,7 @@ def test_pkd_sums_the_levels_up_to_its_stride(name, max_stride, count, make_cont
     levels = list(context.student.features)[:count]
     strides = dict(zip(context.student.features, (4, 8, 16), strict=True))
     same = ModelSpec(dict.fromkeys(strides, 4), strides)
-    loss = only_loss(name, {"MAX_STRIDE": max_stride}, context, (same, same))
+    loss = only_loss(name, {"MAX_STRIDE": max_stride}, context, same)
     maps = [[side.features[x] for x in levels] for side in (context.student, context.teacher)]
     assert torch.equal(loss, pkd_loss(*maps))
 

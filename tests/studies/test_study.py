@@ -12,8 +12,8 @@ from tiny import NUM_CLASSES, tiny_cfg
 
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.data.synthetic import make_synthetic
-from kd_detectron.engine.hooks import read_metrics
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import read_metrics
 from kd_detectron.studies import study as studies
 
 STUDIES = sorted(path.name for path in (config_dir() / "studies").glob("*.yaml"))
@@ -183,7 +183,7 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     stopped = tmp_path / "out" / "good" / "seed1"
 
     def steps():
-        return len(read_metrics(str(stopped / "metrics.json")))
+        return len(read_metrics(stopped))
 
     def interrupt(send):
         process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_interrupts)
