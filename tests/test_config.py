@@ -16,7 +16,7 @@ from kd_detectron.config import config_dir, find_config, list_configs, load_run_
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling import DistilledRCNN
-from kd_detectron.preflight.checks_to_split import check_same_run
+from kd_detectron.preflight.resume import check_same_run
 
 DEFAULTS = {
     "CKD": {"WEIGHT": 0.1, "TEMPERATURE": 1.0, "TRIPLE": "tss", "GROUP_SIZE": 0, "CHUNK_SIZE": 0},
