@@ -142,7 +142,7 @@ def no_detector(case, folder):
 
 def own_distiller(case, folder):
     (case / "own.py").write_text(OWN_DISTILLER)
-    options = "{DISTILLERS: [OfWrongInput], OPTIONS: {OfWrongInput: {FACTR: 2}}}"
+    options = "{DISTILLERS: [OfWrongInput], OFWRONGINPUT: {FACTR: 2}}"
     (case / "own.yaml").write_text(f"_BASE_: {folder / 'run.yaml'}\nKD: {options}\n")
     return ["--import", case / "own.py", "--config-file", case / "own.yaml"]
 
@@ -217,7 +217,7 @@ CASES = {
         ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NAME", ""],
         ["MODEL.ROI_KEYPOINT_HEAD.NAME is empty", "KRCNNConvDeconvUpsampleHead"],
     ),
-    "option": (own_distiller, ["FACTR", "did you mean FACTOR"]),
+    "option": (own_distiller, ["FACTR", "did you mean KD.OFWRONGINPUT.FACTOR"]),
     "triple": (["KD.CKD.TRIPLE", "tsx"], ["KD.CKD.TRIPLE", "tsx", "tss"]),
     "triple without meaning": (["KD.CKD.TRIPLE", "tst"], ["KD.CKD.TRIPLE", "tst", "fixed"]),
     "form": (
