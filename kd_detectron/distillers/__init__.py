@@ -1,6 +1,13 @@
-"""One file a distillation method; importing this package registers them all."""
+"""One file per distillation method; importing this package registers them all."""
 
-from .base import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from .base import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    ModelSpec,
+    build_distiller,
+    find_distiller,
+    option_defaults,
+)
 from .bickd import BicKD
 from .ckd import CKD
 from .crd import CRD
@@ -27,4 +34,6 @@ __all__ = [
     "ReviewKD",
     "SupCon",
     "build_distiller",
+    "find_distiller",
+    "option_defaults",
 ]

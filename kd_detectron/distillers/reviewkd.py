@@ -105,7 +105,7 @@ class AttentionFusion(nn.Module):
 
 @DISTILLER_REGISTRY.register()
 class ReviewKD(Distiller):
-    """Hierarchical context loss between the fused student features and the teacher's."""
+    """Fused student features against the teacher's, hierarchical context loss (CVPR 2021)."""
 
     requires = frozenset({"features"})
 
@@ -113,6 +113,7 @@ class ReviewKD(Distiller):
         self,
         in_channels: Sequence[int] = (256,) * 5,
         out_channels: Sequence[int] = (256,) * 5,
+        *,
         mid_channels: int = 256,
         use_act_checkpoint: bool = True,
     ):

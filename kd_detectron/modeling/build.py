@@ -14,7 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from kd_detectron.distillers import DISTILLER_REGISTRY, ModelSpec, build_distiller
+from kd_detectron.distillers import DISTILLER_REGISTRY, ModelSpec, build_distiller, find_distiller
 from kd_detectron.errors import ConfigError
 
 from .frozen_teacher import FrozenTeacher, model_spec
@@ -50,8 +50,9 @@ def build_distillers(cfg: CfgNode, student: Mapping) -> dict:
         raise ConfigError(f"KD.DISTILLERS is {names}: name each distiller once")
     student_model = SimpleNamespace(**student)
     student_spec = model_spec(student_model)
-    options = {name: distiller_options(cfg, name) for name in names}
-    weights = {name: _weight(name, options[name].pop("WEIGHT", 1.0)) for name in names}
+    weights, options = {}, {}
+    for name in names:
+        weights[name], options[name] = weight_and_options(cfg, name)
     with torch.random.fork_rng():
         # Fail on a wrong name or option before minutes of teacher download.
         for name in names:
@@ -100,20 +101,22 @@ def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
         logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))
 
 
-def distiller_options(cfg: CfgNode, name: str) -> dict:
-    """The options of a distiller: its own node ``KD.<NAME>``, or ``KD.OPTIONS.<Name>``."""
-    node = cfg.KD.get(name.upper(), None)
-    if name in DISTILLER_REGISTRY and isinstance(node, CfgNode):
-        return dict(node)
-    return dict(cfg.KD.OPTIONS.get(name, {}))
+def weight_and_options(cfg: CfgNode, name: str) -> tuple[float, dict]:
+    """What the node ``KD.<NAME>`` of a distiller says: its weight and its constructor's options.
 
+    A distiller that was registered after the config was made has no node, and its defaults.
 
-def _weight(name: str, value) -> float:
-    if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    Raises:
+        ConfigError: no such distiller is registered, or its weight cannot be used.
+    """
+    cls = find_distiller(name)
+    options = dict(cfg.KD.get(name.upper(), {}))
+    weight = options.pop("WEIGHT", cls.default_weight)
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
         raise ConfigError(
-            f"KD.{name.upper()}.WEIGHT is {value}; it must be a finite number, not negative"
+            f"KD.{name.upper()}.WEIGHT is {weight}; it must be a finite number, not negative"
         )
-    return float(value)
+    return float(weight), options
 
 
 def check_fits(

@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.checkpoint import DistillationCheckpointer, refuse_misfit
 from kd_detectron.config import (
     add_kd_config,
     config_dir,
@@ -163,25 +163,10 @@ def load_teacher_weights(model: nn.Module, weights: str) -> None:
     if weights:
         checkpointer = DistillationCheckpointer(model, weights_key="KD.TEACHER.WEIGHTS")
         checkpointer.load(weights)
-        refuse_half_loaded(checkpointer.incompatible, weights)
-
-
-def refuse_half_loaded(incompatible, weights: str) -> None:
-    """Raises ConfigError if a checkpoint did not fit the teacher's config in every key."""
-    problems = []
-    reshaped = {name for name, *_ in incompatible.incorrect_shapes}
-    for what, keys in (
-        ("missing", set(incompatible.missing_keys) - reshaped),
-        ("unexpected", incompatible.unexpected_keys),
-        ("of another shape", reshaped),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
-            problems.append(f"{len(keys)} keys {what} ({shown})")
-    if problems:
-        raise ConfigError(
-            f"KD.TEACHER.WEIGHTS '{weights}' does not fit KD.TEACHER.CONFIG_FILE: "
-            f"{'; '.join(problems)}; give the checkpoint that was trained with that config"
+        refuse_misfit(
+            checkpointer.incompatible,
+            f"KD.TEACHER.WEIGHTS '{weights}' does not fit KD.TEACHER.CONFIG_FILE",
+            "give the checkpoint that was trained with that config",
         )
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from effort import effort
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -118,7 +119,7 @@ def steps(draw):
 @pytest.mark.filterwarnings("ignore:.*NCKD")
 @pytest.mark.parametrize("name", NAMES)
 @settings(
-    max_examples=30,
+    max_examples=effort(8, 30),
     deadline=None,
     derandomize=True,
     database=None,
