@@ -19,7 +19,7 @@ from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling import DistilledRCNN
 from kd_detectron.modeling.build import check_weights
 from kd_detectron.modeling.teacher_loading import teacher_config
-from kd_detectron.preflight.checks_to_split import check_same_run
+from kd_detectron.preflight.resume import check_same_run
 
 DEFAULTS = {
     "CKD": {"WEIGHT": 0.1, "TEMPERATURE": 1.0, "TRIPLE": "tss", "GROUP_SIZE": 0, "CHUNK_SIZE": 0},
