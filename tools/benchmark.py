@@ -14,7 +14,12 @@ from pathlib import Path
 
 import torch
 
-from kd_detectron.commands import add_import_option, exit_code, import_user_code
+from kd_detectron.commands import (
+    add_import_option,
+    exit_code,
+    import_user_code,
+    parse_arguments,
+)
 from kd_detectron.config import get_config
 from kd_detectron.profiling.benchmark import (
     CLOCKS,
@@ -92,7 +97,7 @@ def benchmark(args: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = parse_arguments(build_parser(), arguments)
     if args.compare:
         return exit_code(lambda: print(compare_reports([load_report(p) for p in args.compare])))
     return exit_code(lambda: print(benchmark(args)))

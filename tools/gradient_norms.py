@@ -16,7 +16,12 @@ from itertools import islice
 import torch
 from detectron2.utils.events import EventStorage
 
-from kd_detectron.commands import add_import_option, exit_code, import_user_code
+from kd_detectron.commands import (
+    add_import_option,
+    exit_code,
+    import_user_code,
+    parse_arguments,
+)
 from kd_detectron.config import get_config
 from kd_detectron.engine.main import check_data
 from kd_detectron.engine.trainer import DistillationTrainer
@@ -52,7 +57,7 @@ def measure(args: argparse.Namespace) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    args = parse_arguments(build_parser(), arguments)
     return exit_code(lambda: print(measure(args)))
 
 

@@ -34,6 +34,7 @@ from kd_detectron.commands import (
     USER_ERROR_EXIT_CODE,
     add_import_option,
     import_user_code,
+    parse_arguments,
 )
 from kd_detectron.config import find_config, get_config
 from kd_detectron.data.coco_format import register_coco_format
@@ -72,7 +73,7 @@ def argument_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return start(argument_parser().parse_args(argv), run)
+    return start(parse_arguments(argument_parser(), argv), run)
 
 
 def start(args, run: Callable) -> int:
