@@ -14,7 +14,7 @@ from kd_detectron.checkpoint.export import (
     load_student,
     student_config,
 )
-from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_stale_files
+from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_unfinished_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TORCHVISION_NETWORKS,
     convert_torchvision_state,
@@ -33,7 +33,7 @@ __all__ = [
     "export_student",
     "find_run",
     "load_student",
-    "remove_stale_files",
+    "remove_unfinished_files",
     "student_config",
     "torchvision_layout",
     "torchvision_url",

@@ -8,8 +8,8 @@ from detectron2.modeling import build_model
 from PIL import Image
 from tiny import tiny_cfg
 
-from kd_detectron.checkpoint import traced_export as export
 from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.checkpoint import traced_export as export
 from kd_detectron.errors import ConfigError
 
 STUDENTS = {

@@ -12,9 +12,9 @@ from tiny import NUM_CLASSES, tiny_cfg
 
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.data.synthetic import make_synthetic
-from kd_detectron.studies import study as studies
 from kd_detectron.engine.hooks import read_metrics
 from kd_detectron.errors import ConfigError
+from kd_detectron.studies import study as studies
 
 STUDIES = sorted(path.name for path in (config_dir() / "studies").glob("*.yaml"))
 
