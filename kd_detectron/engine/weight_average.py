@@ -93,5 +93,6 @@ def without_distillers(model: nn.Module) -> nn.Module:
     for name, parameter in model.named_parameters(recurse=False):
         student.register_parameter(name, parameter)
     for name, buffer in model.named_buffers(recurse=False):
-        student.register_buffer(name, buffer)
+        # Copied like all buffers, so the model's own state_dict() is enough to keep it.
+        student.register_buffer(name, buffer, persistent=False)
     return student

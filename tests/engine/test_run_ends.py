@@ -122,7 +122,8 @@ def test_run_beyond_its_end_is_refused(tmp_path, dataset, results):
     results += [ap(1.0)]
     train(run_cfg(tmp_path, dataset, "run", PLAIN))
     with pytest.raises(ConfigError, match="SOLVER.MAX_ITER is 5 .* has done 6 iterations"):
-        train(run_cfg(tmp_path, dataset, "run", [*PLAIN, "SOLVER.MAX_ITER", 5]), resume=True)
+        opts = [*PLAIN, "SOLVER.MAX_ITER", 5, "SOLVER.STEPS", (4,)]
+        train(run_cfg(tmp_path, dataset, "run", opts), resume=True)
 
 
 def ctrl_c():
@@ -165,7 +166,7 @@ def test_best_result_is_known_to_a_resumed_run_without_its_metrics(tmp_path, dat
     opts = [*PLAIN, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 2]
     cfg = run_cfg(tmp_path, dataset, "run", opts)
     results += map(ap, (1.0, 5.0))
-    train(cfg, until=5)
+    train(cfg, until=4)
     os.remove(os.path.join(cfg.OUTPUT_DIR, "metrics.json"))
     results += [ap(3.0)]
     train(cfg, resume=True)

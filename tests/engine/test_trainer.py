@@ -11,6 +11,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from tiny import tiny_cfg
 from tiny_training import run_cfg, train
 
 from kd_detectron.engine import DistillationTrainer
@@ -165,6 +166,17 @@ def test_accumulated_gradients_equal_the_large_batch(tmp_path, dataset):
 def test_schedule_warms_up_decays_and_stops(options, expected):
     options = {"warmup_iters": 0, "decay": "none", "stop_iter": 0, "max_iter": 4} | options
     assert [schedule_factor(i, **options) for i in range(4)] == pytest.approx(expected)
+
+
+def test_other_number_of_processes_scales_the_distillation_schedule_as_well():
+    opts = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.MAX_ITER", 100, "SOLVER.IMS_PER_BATCH", 4]
+    schedule = ["KD.SCHEDULE.WARMUP_ITERS", 10, "KD.SCHEDULE.STOP_ITER", 60]
+    cfg = tiny_cfg([*opts, *schedule, "SOLVER.EMA.DECAY", 0.9])
+    scaled = DistillationTrainer.auto_scale_workers(cfg, 4)
+    assert (scaled.SOLVER.MAX_ITER, scaled.KD.SCHEDULE.STOP_ITER) == (50, 30)
+    assert scaled.KD.SCHEDULE.WARMUP_ITERS == 5
+    assert pytest.approx(0.81) == scaled.SOLVER.EMA.DECAY
+    assert DistillationTrainer.auto_scale_workers(scaled, 4) is scaled
 
 
 def arguments(cfg, tmp_path):
