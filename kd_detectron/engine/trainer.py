@@ -139,7 +139,8 @@ class DistillationTrainer(CountsIterationsOnce, DefaultTrainer):
             )
         self._step_seed.seed = self.seed
         self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
-        forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
+        if not self.finished:
+            forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
 
     @property
     def finished(self) -> bool:
