@@ -6,6 +6,7 @@ Importing this package registers ``torchvision://`` with Detectron2's PathManage
 from kd_detectron.checkpoint.checkpointer import (
     DistillationCheckpointer,
     UnreadableCheckpointError,
+    refuse_misfit,
 )
 from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_unfinished_files
 from kd_detectron.checkpoint.plain_export import (
@@ -33,6 +34,7 @@ __all__ = [
     "export_student",
     "find_checkpoint",
     "load_plain_student",
+    "refuse_misfit",
     "remove_unfinished_files",
     "student_config",
     "torchvision_layout",

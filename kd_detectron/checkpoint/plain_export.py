@@ -24,7 +24,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
-from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer
+from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
 from kd_detectron.checkpoint.files import atomic_open
 from kd_detectron.config import get_config
 from kd_detectron.errors import ConfigError, did_you_mean
@@ -112,15 +112,11 @@ def load_plain_student(
         ) from error
     checkpointer = DistillationCheckpointer(model, weights_key="the student's checkpoint")
     checkpointer.load(checkpoint)
-    incompatible = checkpointer.incompatible
-    if any(incompatible):
-        count = sum(map(len, incompatible))
-        first = (*incompatible.missing_keys, *incompatible.unexpected_keys)
-        first += tuple(name for name, _, _ in incompatible.incorrect_shapes)
-        raise ConfigError(
-            f"'{checkpoint}' does not fit its config: {count} tensors are missing, unexpected or of"
-            f" another shape, the first '{first[0]}'; give the config that it was trained with"
-        )
+    refuse_misfit(
+        checkpointer.incompatible,
+        f"'{checkpoint}' does not fit its config",
+        "give the config that it was trained with",
+    )
     return cfg, model.eval()
 
 

@@ -12,7 +12,6 @@
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -29,6 +28,7 @@ from detectron2.utils.env import seed_all_rng
 from kd_detectron.checkpoint import atomic_open, export_student
 from kd_detectron.commands import INTERRUPTED_EXIT_CODE
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, RESULT, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -223,27 +223,27 @@ class WriteResult(HookBase):
     """Writes ``result.json``: final AP, iterations, seconds and sizes of a finished run."""
 
     def __init__(self, output_dir: str, facts: dict):
-        self._path = os.path.join(output_dir, "result.json")
+        self._output_dir = output_dir
         self._facts = facts
         self._seconds = 0.0
 
     def before_train(self) -> None:
         self._start = time.perf_counter()
-        extended = self.trainer.start_iter < self.trainer.max_iter and os.path.isfile(self._path)
-        comm.synchronize()  # every process has looked before the file goes
-        if extended and comm.is_main_process():
-            reopen_run(os.path.dirname(self._path), self.trainer.start_iter - 1)
+        goes_on = 0 < self.trainer.start_iter < self.trainer.max_iter
+        finished = os.path.isfile(os.path.join(self._output_dir, RESULT))
+        if goes_on and finished and comm.is_main_process():
+            reopen_run(self._output_dir, self.trainer.start_iter - 1)
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter or not comm.is_main_process():
             return
         results = getattr(self.trainer, "_last_eval_results", None) or {}
-        write_json(
-            self._path,
+        write_result(
+            self._output_dir,
             self._facts
             | {
                 "seed": self.trainer.seed,  # of a resumed run, that of its checkpoint
-                "results": without_nan(results),
+                "results": results,
                 "iterations": self.trainer.max_iter,
                 "seconds": round(self._elapsed(), 1),
                 "finished": True,
@@ -271,9 +271,9 @@ def reopen_run(folder: str, iteration: int) -> None:
     if os.path.isfile(final) and not os.path.isfile(kept):
         os.replace(final, kept)
     # A resume that finds the tag's file missing takes the newest of the others.
-    with atomic_open(os.path.join(folder, "last_checkpoint"), "w") as file:
+    with atomic_open(os.path.join(folder, LAST_CHECKPOINT), "w") as file:
         file.write(os.path.basename(kept))
-    for name in ("model_final.pth", "student_final.pth", "student_final.yaml", "result.json"):
+    for name in (*FINAL_CHECKPOINTS, "student_final.yaml", RESULT):
         with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
     logger.info("The run in %s is extended: its old result is removed", folder)
@@ -373,37 +373,3 @@ class Interrupted(SystemExit):
             f"stopped by {signal.Signals(number).name} after iteration {iteration}, checkpoint "
             "written; start the same command with --resume to go on"
         )
-
-
-def read_metrics(path: str) -> list[dict]:
-    """The records of a ``metrics.json``, without a last line that a killed process cut short."""
-    if not os.path.isfile(path):
-        return []
-    with open(path, "rb") as file:
-        return [record for record in map(parse_record, file) if record is not None]
-
-
-def parse_record(line: bytes) -> dict | None:
-    """One line of ``metrics.json``; None for a line that was cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def without_nan(results: dict) -> dict:
-    """Evaluation results with None for what could not be computed; JSON has no NaN."""
-    return {
-        key: without_nan(value)
-        if isinstance(value, dict)
-        else (value if math.isfinite(value) else None)
-        for key, value in results.items()
-    }
-
-
-def write_json(path: str, content: dict) -> None:
-    """Writes a JSON file under a temporary name and renames it, so that it is whole or absent."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    os.replace(temporary, path)
