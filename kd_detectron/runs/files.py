@@ -126,6 +126,20 @@ def _without_nan(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run reached its end: ``result.json`` says so, and nothing was trained since.
+
+    Raises:
+        ConfigError: ``result.json`` is unreadable.
+    """
+    result = read_result(folder)
+    if not result.get("finished"):
+        return False
+    last = max((record["iteration"] for record in read_metrics(folder)), default=0)
+    # The last evaluation is recorded one iteration after the last step.
+    return last <= result.get("iterations", last)
+
+
 def last_checkpoint(folder: str | Path) -> Path | None:
     """Returns the newest checkpoint of a run, which ``last_checkpoint`` names; None without one."""
     tag = Path(folder) / LAST_CHECKPOINT

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from kd_detectron.runs.files import read_config, read_metrics, read_result
+from kd_detectron.runs.files import is_finished, read_config, read_metrics, read_result
 
 BASELINE = "baseline"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -93,7 +93,9 @@ def load_run(path: str | Path) -> Run:
     path = Path(path)
     config = read_config(path)
     history = metrics_by_iteration(path)
-    record = read_result(path)
+    finished = is_finished(path)
+    # What a finished run reached says nothing of a run that was extended since.
+    record = read_result(path) if finished or not history else {}
     results = record.get("results") or _last_evaluation(history)
     names = distiller_names(config)
     return Run(
@@ -108,7 +110,7 @@ def load_run(path: str | Path) -> Run:
         iterations=record.get("iterations") or (max(history) + 1 if history else None),
         seconds=record.get("seconds"),
         seed=record.get("seed", config.get("SEED")),
-        finished=bool(record.get("finished", False)),
+        finished=finished,
     )
 
 
