@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from tiny import tiny_cfg, write_tiny_teacher
 from torch import nn
 
-from kd_detectron.data import build_train_loader, check_datasets, register_coco_format
+from kd_detectron.data import build_train_loader, register_coco_format
 from kd_detectron.errors import ConfigError
 from kd_detectron.labelling import (
     Labeller,
@@ -23,6 +23,7 @@ from kd_detectron.labelling import (
     label_images,
     parse_thresholds,
 )
+from kd_detectron.preflight.data import check_datasets
 
 TOOL = Path(__file__).parents[1] / "tools" / "label_images.py"
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 5, "name": "white"}, {"id": 9, "name": "plate"}]

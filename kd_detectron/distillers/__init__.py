@@ -9,6 +9,7 @@ from .base import (
     option_defaults,
 )
 from .bickd import BicKD
+from .boxkd import BoxKD
 from .ckd import CKD
 from .crd import CRD
 from .dcd import DCD
@@ -16,11 +17,15 @@ from .dkd import DKD
 from .fgfi import FGFI
 from .fitnet import FitNet
 from .kd import KD
+from .maskkd import MaskKD
+from .pkd import PKD
 from .reviewkd import ReviewKD
+from .rpnkd import RPNKD
 from .supcon import SupCon
 
 __all__ = [
     "BicKD",
+    "BoxKD",
     "CKD",
     "CRD",
     "DCD",
@@ -30,7 +35,10 @@ __all__ = [
     "FGFI",
     "FitNet",
     "KD",
+    "MaskKD",
     "ModelSpec",
+    "PKD",
+    "RPNKD",
     "ReviewKD",
     "SupCon",
     "build_distiller",

@@ -57,8 +57,10 @@ class Distiller(nn.Module):
     Class attributes:
         default_weight: default of ``KD.<NAME>.WEIGHT``, the factor on its losses.
         requires: the parts of the context that ``forward`` reads, a subset of ``{"features",
-            "logits", "box_features", "anchors"}``. Checked against student and teacher when the
-            model is built, so that a method that cannot work is refused before the first step.
+            "objectness", "box_features", "logits", "box_deltas", "mask_logits", "anchors"}``;
+            "objectness" covers the anchors' deltas and labels. Checked against student and teacher
+            when the model is built, so that a method that cannot work is refused before the first
+            step. What no distiller requires is not computed.
     """
 
     default_weight: ClassVar[float] = 1.0

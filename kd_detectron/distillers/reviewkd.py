@@ -73,9 +73,9 @@ class AttentionFusion(nn.Module):
             nn.Conv2d(mid_channels, out_channels, kernel_size=3, padding=1, bias=False),
             _BatchNorm2d(out_channels),
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
+        # The attention's convolution keeps PyTorch's initialisation, as in the release.
+        for convolution in (self.reduce[0], self.output[0]):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
 
     def mix(self, reduced: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
         """Mixes this level's reduced map with the running feature of the next coarser one.

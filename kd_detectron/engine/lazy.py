@@ -33,7 +33,7 @@ from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
-from kd_detectron.modeling.build import check_fits
+from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
 from kd_detectron.modeling.teacher_loading import run_lazy_file
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES

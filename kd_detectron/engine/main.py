@@ -39,6 +39,7 @@ from kd_detectron.config import find_config, get_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError
 from kd_detectron.modeling.teacher_loading import load_teacher
+from kd_detectron.preflight.classes import check_teacher_to_evaluate
 from kd_detectron.preflight.config import check_meta_architecture
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.evaluation import check_evaluation
@@ -239,8 +240,9 @@ def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
 
 def evaluate_teacher(cfg: CfgNode) -> dict:
     """The teacher's AP on the student's test data, with the student's evaluator and image sizes."""
-    check_data(cfg, train=False)
+    summaries = check_data(cfg, train=False)
     model, input_format = load_teacher(cfg)
+    check_teacher_to_evaluate(cfg, summaries, model)
     teacher_cfg = cfg.clone()
     teacher_cfg.defrost()
     teacher_cfg.INPUT.FORMAT = input_format

@@ -8,5 +8,5 @@
 - resume: may this training write into its output folder, and is it the run that was meant?
 
 Whether a distiller fits student and teacher is checked where both are built,
-``kd_detectron.modeling.build``; a distiller's options where it is built.
+``kd_detectron.modeling.compatibility``; a distiller's options where it is built.
 """

@@ -186,17 +186,21 @@ def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
 # ---- does it work: commands ----
 
 
-def command_checks(folder: str, *, device: str, small: bool) -> Iterator[Check]:
+def command_checks(
+    folder: str, *, device: str, small: bool, run: Callable | None = None
+) -> Iterator[Check]:
     """Runs the documented commands on drawn images, each in a process of its own.
 
     Args:
         folder: an empty folder for data and runs.
         device: "cuda" or "cpu".
         small: models for a CPU.
+        run: runs a module's ``main(arguments)``; :func:`run_command` by default.
 
     Yields:
         As :func:`method_checks`; "skipped: ..." where the machine lacks something.
     """
+    run = run or run_command
     os.makedirs(folder, exist_ok=True)
     config = write_command_config(folder, device=device, small=small)
     half = "fp16" if device == "cuda" else "bf16"
@@ -206,7 +210,7 @@ def command_checks(folder: str, *, device: str, small: bool) -> Iterator[Check]:
 
     def train(name: str, *opts: str, flags: Sequence[str] = ()) -> None:
         out = ["OUTPUT_DIR", os.path.join(folder, name)]
-        run_command(MAIN, ["--config-file", config, *flags, *out, *opts])
+        run(MAIN, ["--config-file", config, *flags, *out, *opts])
 
     def resume() -> None:
         os.makedirs(resumed)
@@ -218,7 +222,7 @@ def command_checks(folder: str, *, device: str, small: bool) -> Iterator[Check]:
 
     def export(form: str, *arguments: str) -> None:
         out = os.path.join(folder, "exported", form)
-        run_command(EXPORT, [whole, out, "--format", form, *arguments])
+        run(EXPORT, [whole, out, "--format", form, *arguments])
 
     def evaluate(flag: str) -> None:
         train("evaluated", "MODEL.WEIGHTS", final, flags=[flag])
