@@ -130,10 +130,10 @@ def pytest_unconfigure(config):
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or hasattr(config, "workerinput"):
         return
-    if deselected:
+    if deselected and config.option.markexpr:
         reporter.write_line(
             f"not run: {len(deselected)} tests left out by -m '{config.option.markexpr}'; "
-            "make test-all runs everything"
+            "make test-all runs them"
         )
     if files_without_detectron2:
         count = sum(map(_test_functions, files_without_detectron2))
