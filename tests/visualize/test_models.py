@@ -92,7 +92,7 @@ def test_records_are_chosen_reproducibly_and_found_by_name(write_trained_run):
     chosen = choose_records(records, 3, seed=1)
     assert chosen == choose_records(records, 3, seed=1) and len(chosen) == 3
     assert len(choose_records(records, 99)) == 6
-    assert find_records(records, ["4.png", "2"]) == [records[4], records[2]]
+    assert find_records(records, ["4.png", "3"]) == [records[4], records[2]]
     with pytest.raises(ConfigError, match=r"no image of the dataset is called '44\.png'"):
         find_records(records, ["44.png"])
 
