@@ -28,6 +28,7 @@ from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.taps import box_head_of
 from kd_detectron.modeling.teacher_loading import build_teacher_model, load_teacher, teacher_config
+from kd_detectron.preflight.classes import check_number_of_classes
 from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
 from kd_detectron.runs.groups import named_groups
 from kd_detectron.runs.run import TASKS, Run, backbone_name, load_run
@@ -376,13 +377,7 @@ def check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:
     Raises:
         ConfigError: naming both numbers.
     """
-    heads = getattr(model.model, "roi_heads", model.model)
-    count = getattr(heads, "num_classes", len(class_names))
-    if count != len(class_names):
-        raise ConfigError(
-            f"{model.label} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset "
-            f"has {len(class_names)}; name the dataset that it was trained for"
-        )
+    check_number_of_classes(model.label, model.model, class_names)
 
 
 def read_rgb(record: dict):
