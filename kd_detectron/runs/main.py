@@ -22,8 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="RUN",
-        help="undistilled run to measure gains against, once for each student or seed "
-        "(default: the undistilled ones among RUN)",
+        help="run without distillation to measure gains against, once for each student or seed "
+        "(default: those among RUN)",
     )
     parser.add_argument(
         "--teacher",

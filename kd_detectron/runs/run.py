@@ -8,7 +8,7 @@ this size in the data") and a metric that is absent are both missing here, never
 
 Runs are named from what the config says, not from the folder: distillers in alphabetical order
 joined by "+" (the order in which the papers name their combinations), "baseline" without any;
-"R101-R18" is teacher-student, a run without a teacher is named by its student alone.
+"R101-R18" is teacher-student, a run without a teacher is named by its student.
 """
 
 import math
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def pair(self) -> str:
-        """Teacher and student, "R101-R18", or the student alone where there is no teacher."""
+        """Teacher and student, "R101-R18", or the student where there is no teacher."""
         return f"{self.teacher}-{self.student}" if self.teacher else self.student
 
     def series(self, key: str) -> tuple[list[int], list[float]]:

@@ -98,11 +98,11 @@ class ResultTable:
     notes: list[str]
 
     def text(self) -> str:
-        """Renders one table a detector, and the notes, for a terminal."""
+        """Renders one table per detector, and the notes, for a terminal."""
         return self._render("simple", title="{}\n", line_break="\n", bullet="* ")
 
     def markdown(self) -> str:
-        """Renders one table a detector, and the notes, as Markdown."""
+        """Renders one table per detector, and the notes, as Markdown."""
         return self._render("pipe", title="### {}\n", line_break=" ", bullet="- ")
 
     def _render(self, style: str, *, title: str, line_break: str, bullet: str) -> str:
@@ -145,9 +145,9 @@ def build_table(
     """Compares runs.
 
     Args:
-        runs: the runs to compare; undistilled ones among them serve as baselines.
+        runs: the runs to compare; those without distillation serve as baselines.
         baselines: further runs to measure gains against; they get a row, too, and take precedence
-            over the undistilled ones among ``runs``.
+            over those among ``runs``.
         teachers: the teachers' AP, for the share of the gap that is closed; they get a row each.
         published: the published numbers, as ``published_numbers`` returns them; None shows none.
         names: what to call the row of a run, by its folder; by default its method, and what sets it
