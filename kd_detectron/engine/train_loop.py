@@ -21,8 +21,7 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_detectron.errors import ConfigError, NonFiniteLossError
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from kd_detectron.modeling.precision import PRECISIONS
 
 
 class CountsIterationsOnce:

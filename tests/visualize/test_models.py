@@ -12,7 +12,7 @@ from kd_detectron.visualize.models import (
     load_detector,
     load_run_student,
     load_run_teacher,
-    see_the_size_of,
+    match_test_size,
 )
 
 
@@ -69,7 +69,7 @@ def test_image_larger_than_the_square_that_a_model_pads_to_is_made_smaller(write
     for square, size in ((0, 128), (256, 128), (96, 96)):
         backbone = SimpleNamespace(padding_constraints={"square_size": square})
         vitdet = LoadedModel("ViTDet", SimpleNamespace(backbone=backbone), student.cfg.clone())
-        see_the_size_of(vitdet, student.cfg)
+        match_test_size(vitdet, student.cfg)
         found = vitdet.cfg.INPUT.MAX_SIZE_TEST
         assert found == size
 
