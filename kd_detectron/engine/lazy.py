@@ -20,7 +20,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import default_argument_parser, default_setup, hooks
+from detectron2.engine import create_ddp_model, default_argument_parser, default_setup, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -52,10 +52,12 @@ from .hooks import (
 )
 from .main import keep_run_config, start
 from .train_loop import DistillationTrainLoop
-from .trainer import distribute, forget_metrics_from, run_facts, shared_random_seed, unwrap
+from .trainer import forget_metrics_from, run_facts, unwrap
 
 logger = logging.getLogger("kd_detectron")
 
+# Where the file has no ``train.ddp``.
+DDP_OPTIONS = {"broadcast_buffers": False}
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 # YAML keys that checks name, and where a LazyConfig has the same.
@@ -136,7 +138,7 @@ def run(args) -> None:
             ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
             evaluate(cfg, model)
         else:
-            train(cfg, model, yaml_view, resume=args.resume)
+            train(cfg, model, resume=args.resume)
 
 
 def read_config(name: str, opts: list[str]) -> DictConfig:
@@ -312,13 +314,12 @@ def errors_with_lazy_keys() -> Iterator[None]:
         raise type(error)(to_lazy_keys(str(error))) from error
 
 
-def train(cfg: DictConfig, model: nn.Module, yaml_view: CfgNode, *, resume: bool) -> None:
+def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     """Trains a model, evaluates it every ``train.eval_period`` and writes the student alone.
 
     Args:
         cfg: the LazyConfig.
         model: built from it.
-        yaml_view: the LazyConfig as :func:`as_yaml` and :func:`describe_model` show it.
         resume: go on with the run in ``train.output_dir``, batches and random state included.
     """
     output_dir = cfg.train.output_dir
@@ -326,13 +327,13 @@ def train(cfg: DictConfig, model: nn.Module, yaml_view: CfgNode, *, resume: bool
         raise ConfigError("train.amp.enabled is True but train.device is 'cpu'; set it to False")
     warn_of_pixel_statistics(model, to_lazy_keys)
     seed = cfg.train.get("seed", -1)
-    seed = seed if seed >= 0 else shared_random_seed()
+    seed = seed if seed >= 0 else comm.shared_random_seed()
     loader = build_lazy_train_loader(
         cfg.dataloader.train, seed=seed, max_corrupt_images=cfg.train.get("max_corrupt_images", 0)
     )
     cfg.optimizer.params.model = model
     trainer = LazyTrainLoop(
-        distribute(model),
+        create_ddp_model(model, device_ids=None, **cfg.train.get("ddp", DDP_OPTIONS)),
         instantiate(cfg.dataloader.train) if loader is None else loader,
         instantiate(cfg.optimizer),
         seed=seed,
@@ -368,7 +369,7 @@ def train(cfg: DictConfig, model: nn.Module, yaml_view: CfgNode, *, resume: bool
             *main_only[:1],
             hooks.EvalHook(cfg.train.eval_period, evaluate_now),
             LossHistory(),
-            WriteResult(output_dir, run_facts(yaml_view, model, seed)),
+            WriteResult(output_dir, run_facts(model, seed)),
             # The writer comes last, to write also what the evaluation found.
             *main_only[1:],
             StopOnSignal(checkpointer),
