@@ -1,15 +1,16 @@
 """Do teacher, student and datasets mean the same classes, in the same order?
 
-Logits are compared class by class: with as many classes in another order nothing fails, and the
-student learns the wrong ones.
+Some outputs are compared class by class: with as many classes in another order nothing fails, and
+the student learns the wrong ones.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
+from torch import nn
 
 from kd_detectron.data.coco_format import resolve_path
 from kd_detectron.distillers import DISTILLER_REGISTRY
@@ -23,11 +24,18 @@ from kd_detectron.preflight.annotations import DatasetSummary, count_classes
 
 # The NUM_CLASSES of a model that does not say how many it tells apart (some LazyConfigs').
 UNKNOWN_CLASSES = -1
+# The outputs of a detector that differ from class to class.
+CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
 
 
 def check_dataset_classes(
     cfg: CfgNode, key: str, summary: DatasetSummary, first: DatasetSummary
 ) -> None:
+    """Compares a dataset's classes with the model's number, and with another dataset's classes.
+
+    Raises:
+        ConfigError: the numbers differ, or the names or their order.
+    """
     if not summary.classes:  # A user's own function that sets no thing_classes.
         return
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -51,12 +59,9 @@ def check_dataset_classes(
 
 
 def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
-    """Refuses to compare logits of a teacher that was trained on other classes, by their names.
+    """Refuses to learn class by class from a teacher of other classes, by their names.
 
-    Compared only where the classes of both are known: the student's from its checked datasets, the
-    teacher's from the first dataset of its config's ``DATASETS.TRAIN`` if that is registered here
-    with class names, or is in its ``DATASETS.COCO_FORMAT`` with its annotation file at hand. Case
-    is no difference.
+    That is, by distillers of outputs that each class has its own of, or by ``INHERIT``.
 
     Args:
         cfg: the student's whole config.
@@ -66,15 +71,70 @@ def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> 
         ConfigError: a class has another name; nothing where only the numbers of classes differ,
             which ``check_fits`` refuses with a better sentence.
     """
-    names = list(cfg.KD.DISTILLERS) if cfg.KD.ENABLED else []
-    comparing = [
-        name
-        for name in names
-        if name in DISTILLER_REGISTRY and "logits" in DISTILLER_REGISTRY.get(name).requires
-    ]
-    if not comparing or not cfg.DATASETS.TRAIN:
+    if not (cfg.KD.ENABLED and cfg.DATASETS.TRAIN):
         return
-    own_name = cfg.DATASETS.TRAIN[0]
+    known = [name for name in cfg.KD.DISTILLERS if name in DISTILLER_REGISTRY]
+    comparing = [name for name in known if DISTILLER_REGISTRY.get(name).requires & CLASS_OUTPUTS]
+    inherited = [part for part in cfg.KD.TEACHER.INHERIT if _has_class_layers(part)]
+    if comparing:
+        reason = f"{comparing} compare their outputs class by class"
+    elif inherited:
+        reason = f"KD.TEACHER.INHERIT {inherited} copies the layers of each class"
+    else:
+        return
+    _compare_names(cfg, summaries, "DATASETS.TRAIN", f"but {reason}", "feature distillers alone")
+
+
+def check_teacher_to_evaluate(
+    cfg: CfgNode, summaries: Mapping[str, DatasetSummary], model: nn.Module
+) -> None:
+    """Refuses to evaluate a teacher on ``DATASETS.TEST`` of other classes than its own.
+
+    Args:
+        cfg: the student's whole config.
+        summaries: what :func:`kd_detectron.preflight.data.check_data` returned for it.
+        model: the teacher.
+
+    Raises:
+        ConfigError: the numbers of classes differ, or a class has another name.
+    """
+    who = f"the teacher (KD.TEACHER.CONFIG_FILE '{cfg.KD.TEACHER.CONFIG_FILE}')"
+    for name in cfg.DATASETS.TEST if summaries else ():
+        if summaries[name].classes:
+            check_number_of_classes(who, model, summaries[name].classes)
+    if summaries and cfg.DATASETS.TEST:
+        _compare_names(cfg, summaries, "DATASETS.TEST", "so its AP would mean nothing", "its data")
+
+
+def check_number_of_classes(who: str, model: nn.Module, class_names: Sequence[str]) -> None:
+    """Refuses a model whose number of classes is not the dataset's.
+
+    Raises:
+        ConfigError: naming ``who`` and both numbers.
+    """
+    heads = getattr(model, "roi_heads", model)
+    count = getattr(heads, "num_classes", len(class_names))
+    if count != len(class_names):
+        raise ConfigError(
+            f"{who} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset has "
+            f"{count_classes(class_names)}; name the dataset that it was trained for"
+        )
+
+
+def _has_class_layers(part: str) -> bool:
+    layers = ("roi_heads.box_predictor", "roi_heads.mask_head", "head.cls_score")
+    return part == "auto" or any(x.startswith(part) or part.startswith(x) for x in layers)
+
+
+def _compare_names(
+    cfg: CfgNode, summaries: Mapping[str, DatasetSummary], key: str, reason: str, other_way: str
+) -> None:
+    """Compares a dataset's class names with the teacher's, where both are known, without case.
+
+    The teacher's are known where its first ``DATASETS.TRAIN`` is registered here with class names,
+    or is in its ``DATASETS.COCO_FORMAT`` with its annotation file at hand.
+    """
+    own_name = cfg.DATASETS[key.removeprefix("DATASETS.")][0]
     own = summaries[own_name].classes
     teacher_name, theirs = teacher_classes(cfg, summaries)
     if not own or len(own) != len(theirs):
@@ -82,11 +142,10 @@ def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> 
     for index, (mine, other) in enumerate(zip(own, theirs, strict=True)):
         if mine.strip().lower() != other.strip().lower():
             raise ConfigError(
-                f"class {index} is '{mine}' in the student's DATASETS.TRAIN '{own_name}' and "
-                f"'{other}' in the teacher's '{teacher_name}' (KD.TEACHER.CONFIG_FILE "
-                f"'{cfg.KD.TEACHER.CONFIG_FILE}'), but {comparing} compare their logits class by "
-                "class; use a teacher of the same classes in the same order, or feature distillers "
-                "alone. If only the names differ, set KD.TEACHER.OPTS to "
+                f"class {index} is '{mine}' in the student's {key} '{own_name}' and '{other}' in "
+                f"the teacher's '{teacher_name}' (KD.TEACHER.CONFIG_FILE "
+                f"'{cfg.KD.TEACHER.CONFIG_FILE}'), {reason}; use a teacher of the same classes in "
+                f"the same order, or {other_way}. If only the names differ, set KD.TEACHER.OPTS to "
                 f'["DATASETS.TRAIN", "(\'{own_name}\',)"]'
             )
 

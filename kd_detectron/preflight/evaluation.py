@@ -42,6 +42,12 @@ def _check_augmentation(cfg: CfgNode) -> None:
             "test-time augmentation is for the boxes and masks of R-CNN models; set "
             "TEST.AUG.ENABLED False"
         )
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise ConfigError(
+                f"TEST.AUG.ENABLED is True and MODEL.{key} is True, which Detectron2's test-time "
+                "augmentation does not support; set TEST.AUG.ENABLED False"
+            )
 
 
 def evaluator_type(dataset_name: str) -> str:

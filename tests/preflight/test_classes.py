@@ -1,6 +1,7 @@
 """Classes of the teacher in another order are refused where logits are compared."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from detectron2.data import MetadataCatalog
@@ -8,7 +9,11 @@ from tiny import distilled_cfg, write_tiny_teacher
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.preflight.annotations import DatasetSummary
-from kd_detectron.preflight.classes import check_class_order, teacher_classes
+from kd_detectron.preflight.classes import (
+    check_class_order,
+    check_teacher_to_evaluate,
+    teacher_classes,
+)
 
 
 def summaries(*classes, name="own_data"):
@@ -49,6 +54,27 @@ def test_class_order_is_no_matter_where_no_logits_are_compared(class_cfg):
     cfg = class_cfg()
     cfg.KD.ENABLED = False
     check_class_order(cfg, other)
+
+
+def test_layers_of_each_class_are_inherited_from_a_teacher_of_the_same_classes(class_cfg):
+    cfg = class_cfg(distillers=["ReviewKD"])
+    for part in ("roi_heads", "roi_heads.box_predictor", "auto"):
+        cfg.KD.TEACHER.INHERIT = [part]
+        with pytest.raises(ConfigError, match="KD.TEACHER.INHERIT.*copies the layers of each cla"):
+            check_class_order(cfg, summaries("cat", "cow", "dog"))
+    cfg.KD.TEACHER.INHERIT = ["proposal_generator"]
+    check_class_order(cfg, summaries("cat", "cow", "dog"))
+
+
+def test_teacher_of_other_classes_is_not_evaluated(class_cfg):
+    cfg = class_cfg()
+    cfg.DATASETS.TEST = ("own_data",)
+    teacher = SimpleNamespace(roi_heads=SimpleNamespace(num_classes=3))
+    check_teacher_to_evaluate(cfg, summaries("cat", "dog", "cow"), teacher)
+    with pytest.raises(ConfigError, match="DATASETS.TEST 'own_data' and 'dog' in the teacher's"):
+        check_teacher_to_evaluate(cfg, summaries("cat", "cow", "dog"), teacher)
+    with pytest.raises(ConfigError, match="KD.TEACHER.CONFIG_FILE.*detects 3 classes.*has 2 clas"):
+        check_teacher_to_evaluate(cfg, summaries("cat", "cow"), teacher)
 
 
 def test_override_that_the_message_offers_is_accepted(class_cfg):

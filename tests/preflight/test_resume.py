@@ -3,11 +3,11 @@
 import logging
 
 import pytest
-from tiny import distilled_cfg
+from tiny import distilled_cfg, tiny_cfg
 
 from kd_detectron.engine.main import main
 from kd_detectron.errors import ConfigError
-from kd_detectron.preflight.resume import check_same_run
+from kd_detectron.preflight.resume import check_output_dir, check_same_run
 
 
 @pytest.fixture(autouse=True)
@@ -88,3 +88,34 @@ def test_command_line_refuses_to_resume_another_run_and_leaves_its_config(run_cf
     assert main(command) == 2
     assert "KD.DISTILLERS was ['CKD', 'ReviewKD'] and is ['KD']" in capfd.readouterr().err
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+
+
+# ---- the output folder ----
+
+
+@pytest.mark.parametrize("left", ["last_checkpoint", "model_0000099.pth", "result.json"])
+def test_folder_of_a_run_is_not_trained_over(tmp_path, left):
+    cfg = tiny_cfg(["OUTPUT_DIR", str(tmp_path)])
+    check_output_dir(cfg, resume=False, training=True)
+    (tmp_path / left).touch()
+    with pytest.raises(ConfigError, match="already holds a run; give --resume"):
+        check_output_dir(cfg, resume=False, training=True)
+    check_output_dir(cfg, resume=False, training=False)
+
+
+def test_checkpoints_that_resume_cannot_find_are_not_trained_over(tmp_path):
+    cfg = tiny_cfg(["OUTPUT_DIR", str(tmp_path)])
+    (tmp_path / "model_0000099.pth").touch()
+    with pytest.raises(ConfigError, match="such as model_0000099.pth, into .*last_checkpoint'"):
+        check_output_dir(cfg, resume=True, training=True)
+
+
+def test_resume_that_finds_nothing_says_so(tmp_path, caplog):
+    cfg = tiny_cfg(["OUTPUT_DIR", str(tmp_path / "mistyped")])
+    check_output_dir(cfg, resume=True, training=True)
+    assert "mistyped' holds no checkpoint: training starts at iteration 0" in caplog.text
+    caplog.clear()
+    (tmp_path / "last_checkpoint").touch()
+    cfg.OUTPUT_DIR = str(tmp_path)
+    check_output_dir(cfg, resume=True, training=True)
+    assert caplog.text == ""

@@ -270,6 +270,7 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     text = (tmp_path / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 80"))
@@ -303,6 +304,7 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
 
 
+@pytest.mark.slow
 def test_runs_go_side_by_side_and_students_wait_for_their_teacher(tmp_path, study_file, capsys):
     text = study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
     study_file.write_text(

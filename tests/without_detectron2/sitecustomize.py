@@ -2,4 +2,4 @@
 
 import sys
 
-sys.modules["detectron2"] = None
+sys.modules["detectron2"] = None  # find_spec() is None, every import an ImportError
