@@ -168,9 +168,6 @@ class ResumableLoader:
         num_workers: processes that load images; 0 loads in this one.
         max_corrupt_images: different unreadable images to replace before giving up.
         image_format: in which unreadable images are tried again, ``INPUT.FORMAT``.
-
-    Attributes:
-        last_file_names: files of the batch given out last, for error messages.
     """
 
     def __init__(
@@ -186,7 +183,6 @@ class ResumableLoader:
         max_corrupt_images: int = 0,
         image_format: str = "BGR",
     ):
-        self.last_file_names: list[str] = []
         self._dicts = DatasetFromList(dataset_dicts, copy=False)
         self._groups = [0] * len(dataset_dicts)
         if group_by_aspect_ratio:
@@ -229,7 +225,6 @@ class ResumableLoader:
         for elements in loader:
             for element in elements:
                 self._note_corrupt(element)
-            self.last_file_names = [element.file_name for element in elements]
             yield [element.data for element in elements]
 
     def _note_corrupt(self, element: "_Element") -> None:

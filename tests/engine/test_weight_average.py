@@ -145,6 +145,7 @@ def train_and_compare(cfg):
             json.dump(same, file)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_also_after_distillation_stopped_that_alone_read_a_level(
     tmp_path, dataset
 ):
