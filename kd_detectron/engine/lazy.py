@@ -312,7 +312,7 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
     main_only = main_only if comm.is_main_process() else []
 
     def evaluate_now() -> dict:
-        with stop.at_once(), checkpointer.saved_weights():
+        with checkpointer.saved_weights(), stop.at_once():
             trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
         return trainer._last_eval_results
 

@@ -125,8 +125,8 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         if self.start_iter > self.max_iter:
             raise ConfigError(
                 f"SOLVER.MAX_ITER is {self.max_iter} but the run in OUTPUT_DIR "
-                f"'{self.cfg.OUTPUT_DIR}' has done {self.start_iter} iterations; raise SOLVER."
-                "MAX_ITER to go on with it, or give another OUTPUT_DIR"
+                f"'{self.cfg.OUTPUT_DIR}' has done {self.start_iter} iterations; raise it to go on "
+                "with this run, or give another OUTPUT_DIR"
             )
         self._step_seed.seed = self.seed
         self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
@@ -161,12 +161,12 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             ret.insert(1, average)
 
         def evaluate() -> dict:
-            with stop.at_once(), self.checkpointer.saved_weights():
+            with self.checkpointer.saved_weights(), stop.at_once():
                 self._last_eval_results = self.test(cfg, self.model)
             return self._last_eval_results
 
         def evaluate_with_augmentation() -> dict:
-            with stop.at_once(), self.checkpointer.saved_weights():
+            with self.checkpointer.saved_weights(), stop.at_once():
                 results = self.test_with_augmentation(cfg, self.model)
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
