@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
+from kd_detectron.commands import parse_arguments
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
@@ -120,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = default_argument_parser()
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
-    return start(parser.parse_args(argv), run)
+    return start(parse_arguments(parser, argv), run)
 
 
 def run(args) -> None:

@@ -24,7 +24,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.commands import add_import_option, import_user_code
+from kd_detectron.commands import add_import_option, import_user_code, parse_arguments
 from kd_detectron.config import find_config, get_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.modeling.teacher_loading import load_teacher
@@ -62,7 +62,7 @@ def argument_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return start(argument_parser().parse_args(argv), run)
+    return start(parse_arguments(argument_parser(), argv), run)
 
 
 def run(args) -> None:

@@ -25,13 +25,13 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.visualize.features import compare_features, draw_feature_differences
 from kd_detectron.visualize.figures import figure_pixels
 from kd_detectron.visualize.models import (
+    CachedOutputs,
     LoadedModel,
-    RememberedModel,
     check_classes,
     choose_records,
     dataset_records,
     load_configured_teacher,
-    see_the_size_of,
+    match_test_size,
 )
 from kd_detectron.visualize.predictions import draw_predictions
 
@@ -68,8 +68,8 @@ class TrainingPictures(HookBase):
 
     def _ask_teacher(self) -> None:
         teacher = load_configured_teacher(self._cfg)
-        see_the_size_of(teacher, self._cfg)
-        remembered = RememberedModel.of(teacher, self._records)
+        match_test_size(teacher, self._cfg)
+        remembered = CachedOutputs.of(teacher, self._records)
         try:
             check_classes(teacher, self._class_names)
             self._shown_models = [remembered, self._student]

@@ -21,10 +21,9 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.modeling.precision import PRECISIONS
 
 from .weight_average import WeightAverage
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class ContinuedTraining:

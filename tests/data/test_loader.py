@@ -318,7 +318,8 @@ def test_image_of_another_size_than_annotated_counts_as_corrupt(build, make_coco
     content = make_coco(2)
     loader = build(content)
     content["images"][0]["width"] += 1
-    with pytest.raises(CorruptImageError, match="Mismatched image shape"):
+    advice = "correct its width and height in the annotation file"
+    with pytest.raises(CorruptImageError, match=f"Mismatched image shape.*; {advice}"):
         batches(build_with_wrong_size(loader, content), 6)
 
 
