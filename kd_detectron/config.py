@@ -88,9 +88,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # How many periodic checkpoints stay on disk, the newest ones; 0: all. A resume falls back to an
     # older one where the last cannot be read, so keep two at least.
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
-    # Averaged weights: an exponential moving average of the student's weights (its BatchNorm
-    # statistics are copied) is what is evaluated, kept as best checkpoint and exported.
     cfg.SOLVER.EMA = CN()
+    # Evaluate, keep as best checkpoint and export an exponential moving average of the student's
+    # weights (its BatchNorm statistics are copied).
     cfg.SOLVER.EMA.ENABLED = False
     # Share of the old average in the new one after a step, smaller over the first ones:
     # min(DECAY, (1 + t) / (10 + t)) after t steps.

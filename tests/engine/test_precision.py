@@ -8,6 +8,7 @@ from tiny import all_distillers, distilled_cfg, every_distiller_cfg, tiny_batch
 
 from kd_detectron.engine.train_loop import DistillationTrainLoop
 from kd_detectron.errors import ConfigError
+from kd_detectron.modeling import frozen_teacher
 
 BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
 
@@ -113,3 +114,12 @@ def test_run_without_fp16_can_be_resumed_with_it():
     assert half.iter == 3 and half.grad_scaler.loaded is None, "the scaler starts anew"
     half.load_state_dict(half.state_dict())
     assert half.grad_scaler.loaded == {"scale": 8.0}
+
+
+def test_teacher_on_a_gpu_that_emulates_bfloat16_runs_in_float16(monkeypatch):
+    def is_bf16_supported(including_emulation=True):
+        return including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert not frozen_teacher._has_bfloat16(torch.device("cuda"))
+    assert frozen_teacher._has_bfloat16(torch.device("cpu"))
