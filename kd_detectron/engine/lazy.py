@@ -50,7 +50,8 @@ from .hooks import (
     TeacherGuard,
     WriteResult,
 )
-from .main import keep_run_config, start
+from .launch import start
+from .main import keep_run_config
 from .train_loop import DistillationTrainLoop
 from .trainer import forget_metrics_from, run_facts, unwrap
 

@@ -309,18 +309,26 @@ def loses_levels(cfg: CfgNode, model) -> bool:
     return not read.issuperset(model.backbone.output_shape())
 
 
+def student_parameters(model) -> int:
+    """Number of the student's parameters, without the distillers' own."""
+    return sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("distillers.")
+    )
+
+
 def run_facts(model, seed: int) -> dict:
     """What ``result.json`` says of a run beside its results."""
     teacher = getattr(model, "teacher", None)
     distillers = getattr(model, "distillers", None)
-    own = sum(p.numel() for p in distillers.parameters()) if distillers else 0
     return {
         "distillers": list(distillers) if distillers else [],
         "distillation_weights": dict(model.distillation_weights) if distillers else {},
         "teacher": teacher.name if teacher else "",
         "teacher_parameters": teacher.num_parameters if teacher else 0,
-        "student_parameters": sum(p.numel() for p in model.parameters()) - own,
-        "distiller_parameters": own,
+        "student_parameters": student_parameters(model),
+        "distiller_parameters": sum(p.numel() for p in distillers.parameters())
+        if distillers
+        else 0,
         "seed": seed,
         "torch": torch.__version__,
     }
