@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import distilled_cfg, tiny_cfg
 
 from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.checkpoint.traced_export import main as export
+from kd_detectron.checkpoint.export_command import main as export
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

@@ -1,9 +1,9 @@
 """``make demo``: the whole of this project in minutes, on data that it makes itself.
 
 Makes a synthetic COCO-format dataset, trains a teacher, then for the same number of iterations a
-small student alone and the same student distilled by CKD + ReviewKD, evaluates all three by COCO
-AP, prints one table and writes pictures. It is the study ``configs/studies/demo.yaml``; stopped at
-any moment, the same command goes on from there.
+small student twice: without a teacher (the baseline) and distilled by CKD + ReviewKD. Evaluates all
+three by COCO AP, prints one table and writes pictures. It is the study
+``configs/studies/demo.yaml``; stopped at any moment, the same command goes on from there.
 """
 
 import argparse
