@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.data.loader import build_train_loader
 from kd_detectron.errors import ConfigError
-from kd_detectron.modeling.fold import use_fastest_memory_format
+from kd_detectron.modeling.fold import channels_last_on_cpu
 
 from .hooks import (
     DistillationSchedule,
@@ -79,7 +79,7 @@ class DistillationTrainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else shared_random_seed()
         model = self.build_model(cfg)
         if cfg.SOLVER.AMP.ENABLED:
-            use_fastest_memory_format(model.backbone)
+            channels_last_on_cpu(model.backbone)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         self._trainer = DistillationTrainLoop.from_config(

@@ -20,15 +20,17 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
-from kd_detectron.context import DistillationContext
+from kd_detectron.context import DistillationContext, TeacherOutputs
 from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 
 from .build import build_distillers
-from .frozen_teacher import FrozenTeacher
+from .frozen_teacher import FrozenTeacher, FrozenTeacherStep
 from .taps import StudentTaps
 
 logger = logging.getLogger(__name__)
+
+_UNDECLARED = frozenset({"features", "anchors", "box_features", "logits"})
 
 
 class DistillationMixin:
@@ -38,6 +40,7 @@ class DistillationMixin:
         teacher: the :class:`FrozenTeacher`, or None. A plain object, so never in ``state_dict()``.
         distillers: ``nn.ModuleDict`` by name; parameters under ``distillers.`` in ``state_dict()``.
         distillation_weights: loss weight by distiller name.
+        requires: all outputs that the distillers read; nothing else is recorded or computed.
         distillation_factor: what the schedule multiplies all weights by; at 0 the teacher does not
             run.
     """
@@ -70,6 +73,12 @@ class DistillationMixin:
         self.distillers = nn.ModuleDict(distillers)
         self.distillation_weights = {name: weights.get(name, 1.0) for name in distillers}
         self.distillation_factor = 1.0
+        # A distiller that declares nothing may read what costs nothing to record.
+        self.requires = frozenset().union(
+            *(distiller.requires or _UNDECLARED for distiller in distillers.values())
+        )
+        if teacher is not None:
+            teacher.drop_unused_heads(self.requires)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
@@ -82,23 +91,33 @@ class DistillationMixin:
 
         # To the GPU once, for student and teacher.
         batched_inputs = [x | {"image": x["image"].to(self.device)} for x in batched_inputs]
-        with StudentTaps(self) as taps:
+        with StudentTaps(self, self.requires) as taps:
             losses = super().forward(batched_inputs)
-        context = DistillationContext(
-            taps,
-            self.teacher,
-            batched_inputs,
-            student_format=self.input_format,
+        return losses | self.distillation_losses(self._context(taps, batched_inputs), losses)
+
+    def _context(self, taps: StudentTaps, batched_inputs: list[dict]) -> DistillationContext:
+        teacher = FrozenTeacherStep(self.teacher, batched_inputs, self.input_format, taps)
+        boxes = taps.proposal_boxes
+        return DistillationContext(
+            student=taps.outputs,
+            teacher=TeacherOutputs(teacher),
             num_classes=getattr(getattr(self, "roi_heads", self), "num_classes", None),
+            image_sizes=[tuple(x["image"].shape[-2:]) for x in batched_inputs],
+            gt_boxes=[x["instances"].gt_boxes.tensor.to(self.device) for x in batched_inputs],
+            anchors=taps.anchors,
+            anchor_labels=taps.anchor_labels,
+            proposal_boxes=boxes and [x.tensor for x in boxes],
+            targets=taps.targets,
+            box_targets=taps.box_targets,
+            mask_classes=taps.mask_classes,
         )
-        return losses | self.distillation_losses(context, losses)
 
     def distillation_losses(
         self, context: DistillationContext, detector_losses: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Each distiller's losses times its weight and the schedule's factor."""
         if self.distillation_factor == 0:
-            return self._resting(next(iter(detector_losses.values())))
+            return self._zero_losses(next(iter(detector_losses.values())))
         losses = {}
         for name, distiller in self.distillers.items():
             scale = self.distillation_weights[name] * self.distillation_factor
@@ -111,7 +130,7 @@ class DistillationMixin:
                 losses[key] = value * scale
         return losses
 
-    def _resting(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _zero_losses(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
         # The schedule is at zero: nothing is computed, but every distiller parameter still gets a
         # (zero) gradient, since DistributedDataParallel waits for each of them.
         zero = sum((p.sum() * 0 for p in self.distillers.parameters()), like.new_zeros(()))

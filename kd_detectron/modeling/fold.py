@@ -53,7 +53,7 @@ def _has_fixed_statistics(norm: nn.Module | None) -> bool:
     return isinstance(norm, FrozenBatchNorm2d)
 
 
-def use_fastest_memory_format(model: nn.Module) -> None:
+def channels_last_on_cpu(model: nn.Module) -> None:
     """Stores convolution weights channels-last, in place, on the CPU, where it was measured to pay.
 
     A convolution follows its weight's format, whatever its input's, so the maps inside the model

@@ -9,18 +9,19 @@ The teacher sees each image as it was trained to: channel order first (flipped w
 BGR statistics; this project does not (``test_teacher_sees_the_image_as_it_was_trained_to``).
 
 It always runs in eval mode, so BatchNorm statistics never move, and under ``no_grad`` rather than
-``inference_mode``, since losses save its tensors for backward. Its RPN, mask, keypoint and
-dense heads are dropped after the checkpoint was checked, and its BatchNorm folded (``fold.py``).
-``roi_heads(...)`` is never called whole: that would resample boxes and write to the event
-storage.
+``inference_mode``, since losses save its tensors for backward. After the checkpoint was checked,
+the heads that no distiller requires are dropped and BatchNorm is folded (``fold.py``).
+``roi_heads(...)`` is never called whole: that would resample boxes and write to the event storage.
 
-Legend: N images, R sampled proposals over the whole batch, K foreground classes.
+Legend: N images, R sampled proposals over the whole batch, F foreground ones among them, K
+foreground classes.
 """
 
 import contextlib
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -31,8 +32,8 @@ from kd_detectron.config import add_kd_config
 from kd_detectron.distillers.base import ModelSpec
 from kd_detectron.errors import ConfigError
 
-from .fold import fold_batch_norm, use_fastest_memory_format
-from .taps import box_head_of, box_predictor_of
+from .fold import channels_last_on_cpu, fold_batch_norm
+from .taps import StudentTaps, box_head_of, rpn_outputs_by_level
 from .teacher_loading import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -66,12 +67,11 @@ class FrozenTeacher:
 
     @classmethod
     def from_model(cls, model: nn.Module, input_format: str, cfg: CfgNode) -> "FrozenTeacher":
-        """Freezes what :func:`load_teacher` returned, without the parts that are never run."""
+        """Freezes what :func:`load_teacher` returned."""
         name = cfg.KD.TEACHER.CONFIG_FILE
         teacher = cls(model, input_format, amp=cfg.KD.TEACHER.AMP, name=name)
-        teacher.drop_unused_heads()
         fold_batch_norm(model)
-        use_fastest_memory_format(model.backbone)
+        channels_last_on_cpu(model.backbone)
         return teacher
 
     @classmethod
@@ -102,18 +102,21 @@ class FrozenTeacher:
         """What distillers may know of the teacher to size their layers."""
         return model_spec(self.model)
 
-    def drop_unused_heads(self) -> None:
-        """Frees the parts that distillation never runs: RPN, mask, keypoint and dense heads."""
-        for owner, names in (
-            (self.model, ("proposal_generator", "sem_seg_head", "head")),
-            (
-                getattr(self.model, "roi_heads", None),
-                ("mask_head", "mask_pooler", "keypoint_head", "keypoint_pooler"),
-            ),
-        ):
-            for name in names:
-                if getattr(owner, name, None) is not None:
-                    setattr(owner, name, None)
+    def drop_unused_heads(self, requires: Iterable[str]) -> None:
+        """Frees the heads that compute nothing of ``requires``, the distillers' together."""
+        requires = frozenset(requires)
+        unused = ["sem_seg_head", "head", "roi_heads.keypoint_head", "roi_heads.keypoint_pooler"]
+        if "objectness" not in requires:
+            unused += ["proposal_generator"]
+        if not requires & {"box_features", "logits", "box_deltas"}:
+            unused += ["roi_heads.box_head", "roi_heads.box_predictor", "roi_heads.box_pooler"]
+        if "mask_logits" not in requires:
+            unused += ["roi_heads.mask_head", "roi_heads.mask_pooler"]
+        for path in unused:
+            owner, _, name = path.rpartition(".")
+            owner = getattr(self.model, owner, None) if owner else self.model
+            if getattr(owner, name, None) is not None:
+                setattr(owner, name, None)
 
     def preprocess(self, batched_inputs: list[dict], student_format: str) -> ImageList:
         """Normalises and batches the student's images as the teacher was trained to see them.
@@ -151,10 +154,26 @@ class FrozenTeacher:
             pooled = heads.box_pooler([features[level] for level in heads.box_in_features], boxes)
             return heads.box_head(pooled).flatten(1)
 
-    def logits(self, box_features: torch.Tensor) -> torch.Tensor:
-        """Runs the box predictor: (R, K+1)."""
+    def box_predictions(self, box_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Runs the box predictor: logits (R, K+1) and deltas (R, 4) or (R, 4K)."""
         with self._running():
-            return self.model.roi_heads.box_predictor(box_features)[0]
+            return self.model.roi_heads.box_predictor(box_features)
+
+    def rpn(
+        self, features: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Runs the RPN's head: objectness (N, H*W*A) and deltas (N, H*W*A, 4) by level."""
+        rpn = self.model.proposal_generator
+        with self._running():
+            outputs = rpn.rpn_head([features[level] for level in rpn.in_features])
+            return rpn_outputs_by_level(rpn, outputs)
+
+    def mask_logits(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
+        """Runs mask pooler and mask head on given boxes: (F, 1, M, M) or (F, K, M, M)."""
+        heads = self.model.roi_heads
+        with self._running():
+            pooled = heads.mask_pooler([features[level] for level in heads.mask_in_features], boxes)
+            return heads.mask_head.layers(pooled)
 
     def fingerprint(self) -> str:
         """A hash of all weights and buffers; a frozen teacher's never changes."""
@@ -196,6 +215,33 @@ def model_spec(model: nn.Module) -> ModelSpec:
     )
 
 
-def has_logits(model: nn.Module) -> bool:
-    """Whether the detector has one box predictor whose logits can be distilled."""
-    return box_predictor_of(model) is not None
+@dataclass
+class FrozenTeacherStep:
+    """The teacher on one step, as ``kd_detectron.context.TeacherStep`` describes it.
+
+    Args:
+        teacher: what runs.
+        batched_inputs: the student's images.
+        student_format: the student's ``INPUT.FORMAT``.
+        taps: the boxes that the student's heads were given.
+    """
+
+    teacher: FrozenTeacher
+    batched_inputs: list[dict]
+    student_format: str
+    taps: StudentTaps
+
+    def features(self):
+        return self.teacher.features(self.batched_inputs, self.student_format)
+
+    def rpn(self, features):
+        return self.teacher.rpn(features)
+
+    def box_features(self, features):
+        return self.teacher.box_features(features, self.taps.proposal_boxes)
+
+    def box_predictions(self, box_features):
+        return self.teacher.box_predictions(box_features)
+
+    def mask_logits(self, features):
+        return self.teacher.mask_logits(features, self.taps.mask_boxes)

@@ -40,7 +40,7 @@ from tabulate import tabulate
 
 from kd_detectron.engine.train_loop import PRECISIONS
 from kd_detectron.errors import ConfigError
-from kd_detectron.modeling.fold import use_fastest_memory_format
+from kd_detectron.modeling.fold import channels_last_on_cpu
 from kd_detectron.modeling.frozen_teacher import FrozenTeacher
 from kd_detectron.modeling.teacher_loading import load_teacher
 
@@ -105,7 +105,7 @@ class Step:
         torch.manual_seed(_SEED)
         self.model = build_model(cfg).train()
         if cfg.SOLVER.AMP.ENABLED:  # As the trainer does.
-            use_fastest_memory_format(self.model.backbone)
+            channels_last_on_cpu(self.model.backbone)
         self._batch = batch
         self._autocast = autocast_options(cfg)
 
@@ -183,15 +183,17 @@ def record_context(step: Step) -> SimpleNamespace:
         name: map_tensors(value, lambda tensor: tensor.detach().clone().requires_grad_())
         for name, value in vars(context.student).items()
     }
-    computed = ("features", "box_features", "logits")
-    teacher = {
-        name: vars(context.teacher)[name] for name in computed if name in vars(context.teacher)
-    }
-    rest = ("targets", "num_classes", "anchors", "proposal_boxes", "gt_boxes", "image_sizes")
+    computed = vars(context.teacher)
+    plain = ("features", "box_features", "mask_logits")
+    teacher = {name: computed[name] for name in plain if name in computed}
+    if "_rpn" in computed:
+        teacher["objectness"], teacher["anchor_deltas"] = computed["_rpn"]
+    if "_box_predictions" in computed:
+        teacher["logits"], teacher["box_deltas"] = computed["_box_predictions"]
+    rest = {k: v for k, v in vars(context).items() if k not in ("student", "teacher")}
+    rest["mask_boxes"] = context.teacher._step.taps.mask_boxes
     return SimpleNamespace(
-        student=SimpleNamespace(**student),
-        teacher=SimpleNamespace(**teacher),
-        **{name: getattr(context, name) for name in rest},
+        student=SimpleNamespace(**student), teacher=SimpleNamespace(**teacher), **rest
     )
 
 
@@ -219,11 +221,17 @@ def teacher_parts(
     runs: dict[str, Callable] = {}
     if "features" in recorded:
         runs["teacher backbone"] = lambda: teacher.features(batch, cfg.INPUT.FORMAT)
+    if "objectness" in recorded:
+        runs["teacher RPN"] = lambda: teacher.rpn(recorded["features"])
     if "box_features" in recorded:
         boxes = [Boxes(tensor) for tensor in context.proposal_boxes]
         runs["teacher box head"] = lambda: teacher.box_features(recorded["features"], boxes)
     if "logits" in recorded:
-        runs["teacher predictor"] = lambda: teacher.logits(recorded["box_features"])
+        runs["teacher predictor"] = lambda: teacher.box_predictions(recorded["box_features"])
+    if "mask_logits" in recorded:
+        runs["teacher mask head"] = lambda: teacher.mask_logits(
+            recorded["features"], context.mask_boxes
+        )
     return {name: TeacherPart(run, autocast_options(cfg)) for name, run in runs.items()}
 
 
@@ -457,11 +465,16 @@ def _memory_part(name, cfg, batch, context, distiller):
     teacher = FrozenTeacher.from_config(cfg)
     boxes = [Boxes(tensor) for tensor in context.proposal_boxes or ()]
     asked = set(vars(context.teacher))
+    teacher.drop_unused_heads(asked)
 
     def run():
         features = teacher.features(batch, cfg.INPUT.FORMAT)
+        if "objectness" in asked:
+            teacher.rpn(features)
         if "box_features" in asked:
-            teacher.logits(teacher.box_features(features, boxes))
+            teacher.box_predictions(teacher.box_features(features, boxes))
+        if "mask_logits" in asked:
+            teacher.mask_logits(features, context.mask_boxes)
 
     return TeacherPart(run, autocast_options(cfg))
 

@@ -89,7 +89,7 @@ def test_distiller_alone_differentiates_no_further_than_the_recorded_tensors(tmp
     )
     context = benchmark.record_context(step)
     student = benchmark.tensors_of(vars(context.student))
-    assert len(student) == 7 and all(t.is_leaf and t.requires_grad for t in student)
+    assert len(student) == 8 and all(t.is_leaf and t.requires_grad for t in student)
     assert not any(t.requires_grad for t in benchmark.tensors_of(vars(context.teacher)))
     assert all(not d._forward_pre_hooks for d in step.model.distillers.values())
     step.model.zero_grad()
