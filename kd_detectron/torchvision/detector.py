@@ -91,11 +91,12 @@ class DistilledDetector(nn.Module):
         # Building layers draws random numbers: the student's training shall not depend on them.
         with torch.random.fork_rng():
             built = {name: self._build(name, entry) for name, entry in options.items()}
-        self.distillers = nn.ModuleDict(built)
+        self.distillers = nn.ModuleDict(built).to(next(student.parameters()).device)
         self.distillation_weights = {
             name: _weight(name, entry, built[name]) for name, entry in options.items()
         }
         self.distillation_factor = 1.0
+        self._reads_rpn = any(not one.requires or one.requires & _OF_RPN for one in built.values())
         self._register_state_dict_hook(_without_student_prefix)
         self.register_load_state_dict_pre_hook(_with_student_prefix)
 
@@ -159,14 +160,14 @@ class DistilledDetector(nn.Module):
             gt_boxes=[target["boxes"] for target in taps.targets],
             anchors=by_level(taps.anchors.float().split(counts)),
         )
-        if anatomy.has_boxes:
+        if anatomy.has_boxes and self._reads_rpn:
             student.objectness = by_level(rows_of_anchors(x, 1).flatten(1) for x in taps.objectness)
             student.anchor_deltas = by_level(rows_of_anchors(x, 4) for x in taps.anchor_deltas)
             positive, negative = (torch.stack(masks).bool() for masks in taps.sampled_anchors)
             labels = torch.full_like(positive, -1, dtype=torch.long)
             labels = labels.masked_fill(negative, 0).masked_fill(positive, 1)
             context.anchor_labels = by_level(labels.split(counts, dim=1))
-
+        if anatomy.has_boxes:
             student.box_features = taps.box_features
             student.logits = background_last(taps.logits)
             student.box_deltas = without_background(taps.box_deltas, num_classes)
