@@ -83,19 +83,21 @@ def detector(
             "keypoint_predictor": KeypointRCNNPredictor(8, KEYPOINTS),
         }
     pooled = 7 * 7 * out_channels
+    few = {
+        "rpn_pre_nms_top_n_train": 100,
+        "rpn_post_nms_top_n_train": 50,
+        "rpn_pre_nms_top_n_test": 100,
+        "rpn_post_nms_top_n_test": 50,
+        "box_batch_size_per_image": 16,
+        "box_score_thresh": 0.0,
+    }
     return cls(
         body,
         rpn_anchor_generator=generator,
-        rpn_pre_nms_top_n_train=100,
-        rpn_post_nms_top_n_train=50,
-        rpn_pre_nms_top_n_test=100,
-        rpn_post_nms_top_n_test=50,
-        box_batch_size_per_image=16,
-        box_score_thresh=0.0,
         box_head=TwoMLPHead(pooled, box_channels),
         box_predictor=FastRCNNPredictor(box_channels, num_classes + 1),
         **heads,
-        **options,
+        **few | options,
     )
 
 
