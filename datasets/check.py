@@ -11,8 +11,9 @@ import logging
 import sys
 
 from kd_detectron import get_config
-from kd_detectron.data import check_coco_files, check_datasets
 from kd_detectron.errors import ConfigError
+from kd_detectron.preflight.annotations import check_coco_files
+from kd_detectron.preflight.data import check_datasets
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,14 +1,17 @@
 """The ``KD`` config node, and finding and reading configs by bare name.
 
 Everything that a distilled training needs beyond Detectron2's own config stands here, with the
-meaning of each key beside it. A distiller's node is ``KD.<NAME IN CAPITALS>``: ``WEIGHT``
-multiplies its losses, every other key is a keyword argument of its constructor, with the same
-default (``tests/test_config.py`` compares them).
+meaning of each key beside it. Every registered distiller has a node ``KD.<NAME IN CAPITALS>``:
+``WEIGHT`` (by default the class's ``default_weight``) multiplies its losses, every other key is a
+keyword-only parameter of its constructor, with the same default. A distiller of the user's is
+registered, e.g. by ``--import FILE``, before its config is read.
 
 Configs are found as a path, or by bare name among the files of ``configs/``, from any directory and
 also when the package is installed.
 """
 
+import copy
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,13 +20,19 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 
 from kd_detectron.backbones.config import add_backbone_config
+from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, option_defaults
 from kd_detectron.errors import ConfigError, did_you_mean
 
 CN = CfgNode
 
 
 def add_kd_config(cfg: CfgNode) -> None:
-    """Adds this project's keys to a Detectron2 config, in place."""
+    """Adds this project's keys to a Detectron2 config, in place.
+
+    Raises:
+        ConfigError: the node of a registered distiller cannot be made: its name is taken, or an
+            option has no default that a config can hold.
+    """
     # ---- what is distilled, and from whom ----
     cfg.KD = CN()
     # False: no teacher is built and the model is the plain student.
@@ -57,93 +66,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Distillation ends at this iteration and the teacher no longer runs; 0: never.
     cfg.KD.SCHEDULE.STOP_ITER = 0
 
-    # ---- one node a distiller ----
-    # CKD, contrastive distillation of the box head's logits (arXiv 2404.14109).
-    cfg.KD.CKD = CN()
-    cfg.KD.CKD.WEIGHT = 0.1
-    # Divides the cosine similarities.
-    cfg.KD.CKD.TEMPERATURE = 1.0
-    # Anchor, positive, negatives: "tss" (the method), "sts" or "stt".
-    cfg.KD.CKD.TRIPLE = "tss"
-    # Contrast inside random groups of this many proposals; 0: all proposals of the step together.
-    cfg.KD.CKD.GROUP_SIZE = 0
-    # Rows of the similarity matrix computed at a time; 0: chosen by size.
-    cfg.KD.CKD.CHUNK_SIZE = 0
-
-    # ReviewKD, fused FPN features against the teacher's (CVPR 2021).
-    cfg.KD.REVIEWKD = CN()
-    cfg.KD.REVIEWKD.WEIGHT = 1.0
-    # Channels of the running feature inside the fusion.
-    cfg.KD.REVIEWKD.MID_CHANNELS = 256
-    # Compute most of the fusion's inner maps again in backward: less memory, a little more time,
-    # same gradients.
-    cfg.KD.REVIEWKD.USE_ACT_CHECKPOINT = True
-
-    # KD, Kullback-Leibler divergence of softened logits (Hinton et al.).
-    cfg.KD.KD = CN()
-    cfg.KD.KD.WEIGHT = 1.0
-    # Divides the logits before the softmax; the loss is multiplied by its square.
-    cfg.KD.KD.TEMPERATURE = 1.0
-
-    # DKD, target and non-target divergence weighted apart (CVPR 2022).
-    cfg.KD.DKD = CN()
-    cfg.KD.DKD.WEIGHT = 1.0
-    # Factor on the divergence of (target class, rest).
-    cfg.KD.DKD.ALPHA = 1.0
-    # Factor on the divergence among the other classes.
-    cfg.KD.DKD.BETA = 0.25
-    # Divides the logits before the softmax; the loss is multiplied by its square.
-    cfg.KD.DKD.TEMPERATURE = 1.0
-
-    # FitNet, mean squared error of adapted FPN features.
-    cfg.KD.FITNET = CN()
-    cfg.KD.FITNET.WEIGHT = 1.0
-
-    # FGFI, feature imitation near objects (CVPR 2019).
-    cfg.KD.FGFI = CN()
-    cfg.KD.FGFI.WEIGHT = 0.01
-    # Anchors above PSI times a box's best IoU are imitated.
-    cfg.KD.FGFI.PSI = 0.5
-
-    # DCD, contrastive and consistency loss on box-head embeddings (arXiv 2407.11802).
-    cfg.KD.DCD = CN()
-    cfg.KD.DCD.WEIGHT = 1.0
-    # Width of the two embeddings.
-    cfg.KD.DCD.EMBED_DIM = 128
-    # Factor on the consistency term, against the contrastive one.
-    cfg.KD.DCD.CONSISTENCY_WEIGHT = 0.5
-
-    # BicKD, bilateral contrast of predicted probabilities (arXiv 2602.01265, this project's
-    # reading of the abstract).
-    cfg.KD.BICKD = CN()
-    cfg.KD.BICKD.WEIGHT = 1.0
-    # Divides the logits before the softmax.
-    cfg.KD.BICKD.TEMPERATURE = 1.0
-    # Divides the similarities of the class-wise and sample-wise contrast.
-    cfg.KD.BICKD.CONTRAST_TEMPERATURE = 0.1
-    # Factor on both contrasts, against the KD term.
-    cfg.KD.BICKD.CONTRAST_WEIGHT = 1.0
-    # "contrastive" (cross entropy) or "orthogonal" (diagonal to 1, the rest to 0, squared).
-    cfg.KD.BICKD.FORM = "contrastive"
-
-    # SupCon, supervised contrast of student box-head embeddings (no memory bank).
-    cfg.KD.SUPCON = CN()
-    cfg.KD.SUPCON.WEIGHT = 1.0
-    # Divides the cosine similarities.
-    cfg.KD.SUPCON.TEMPERATURE = 0.1
-    # Width of the embedding.
-    cfg.KD.SUPCON.EMBED_DIM = 128
-
-    # CRD, teacher-anchored contrast with negatives of other classes (no memory bank).
-    cfg.KD.CRD = CN()
-    cfg.KD.CRD.WEIGHT = 1.0
-    # Divides the cosine similarities.
-    cfg.KD.CRD.TEMPERATURE = 0.1
-    # Width of the two embeddings.
-    cfg.KD.CRD.EMBED_DIM = 128
-
-    # Options of distillers from elsewhere, by registered name: {"CosineKD": {"WEIGHT": 2.0}}.
-    cfg.KD.OPTIONS = CN(new_allowed=True)
+    # ---- one node per distiller ----
+    for name, cls in DISTILLER_REGISTRY:
+        _add_distiller_node(cfg.KD, name, cls)
 
     # ---- data ----
     # Your own COCO-format data, no code: [["name", "annotations.json", "image_dir"], ...], paths
@@ -162,6 +87,31 @@ def add_kd_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
     # "fp16" (with loss scaling) or "bf16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "fp16"
+
+
+def _add_distiller_node(kd: CfgNode, name: str, cls: type[Distiller]) -> None:
+    key = name.upper()
+    if key in kd:
+        same = [other for other, _ in DISTILLER_REGISTRY if other != name and other.upper() == key]
+        raise ConfigError(
+            f"the distiller '{name}' cannot have the config node KD.{key}, which is that of "
+            f"{same[0] if same else 'the project itself'}; rename the distiller"
+        )
+    kd[key] = CN({"WEIGHT": float(cls.default_weight)})
+    for option, default in option_defaults(cls).items():
+        if option.upper() in kd[key]:
+            raise ConfigError(
+                f"the distiller '{name}' has an option '{option}', but KD.{key}.{option.upper()} "
+                "is taken; rename the option"
+            )
+        try:
+            setattr(kd[key], option.upper(), copy.deepcopy(default))
+        except AssertionError:
+            what = "no default" if default is inspect.Parameter.empty else f"default {default!r}"
+            raise ConfigError(
+                f"the option '{option}' of the distiller '{name}' has {what}; options are config "
+                "keys: give it a number, a string, True, False, None, a list or a tuple"
+            ) from None
 
 
 def config_dir() -> Path:
@@ -225,16 +175,27 @@ def load_run_config(path: str | os.PathLike) -> CfgNode:
 
     Args:
         path: the output folder, or the file itself.
+
+    Returns:
+        The run's config. It may hold nodes of distillers that are not registered here: a run can be
+        looked at without the file that its distiller is in.
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path
     if not file.is_file():
         raise ConfigError(f"'{path}' is not the folder of a run: there is no config.yaml in it")
-    return get_config(str(file))
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.KD.set_new_allowed(True)
+    merge_file(cfg, str(file))
+    cfg.KD.set_new_allowed(False)
+    return cfg
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
     """``cfg.merge_from_file`` whose errors name the key, the file and the near keys."""
+    # Folders of earlier runs have this node, empty.
+    cfg.KD.OPTIONS = CN(new_allowed=True)
     try:
         cfg.merge_from_file(path)
     except FileNotFoundError as error:
@@ -256,6 +217,10 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         ) from error
     except (KeyError, ValueError, AssertionError) as error:
         raise _readable(cfg, error, path) from error
+    finally:
+        options = cfg.KD.pop("OPTIONS")
+    for name in options:
+        raise ConfigError(_options_replaced(path, f"KD.OPTIONS.{name}"))
 
 
 def merge_opts(cfg: CfgNode, opts: list, *, source: str) -> None:
@@ -272,8 +237,25 @@ def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:
     text = str(error.args[0]) if error.args else str(error)
     if "Non-existent" in text:
         key = text.rsplit(":", 1)[-1].strip()
+        if key.startswith("KD.OPTIONS"):
+            return ConfigError(_options_replaced(source, key))
+        if key.startswith("KD.") and key.split(".")[1] not in cfg.KD:
+            return ConfigError(
+                f"{source} sets {key}, but there is no node KD.{key.split('.')[1]}"
+                f"{_near_keys(cfg, key)} (a distiller of your own has one once its file is "
+                "imported: --import FILE.py)"
+            )
         return ConfigError(f"{source} sets {key}, which is no config key{_near_keys(cfg, key)}")
     return ConfigError(f"{source}: {text}")
+
+
+def _options_replaced(source: str, key: str) -> str:
+    *_, name, option = [*key.split("."), "..."] if key.count(".") == 2 else key.split(".")
+    name = "<NAME>" if name in ("KD", "OPTIONS") else name.upper()
+    return (
+        f"{source} sets {key}; a distiller of your own has a node like the built-in ones, in place "
+        f"of KD.OPTIONS: set KD.{name}.{option}"
+    )
 
 
 def _near_keys(cfg: CfgNode, key: str) -> str:

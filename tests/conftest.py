@@ -1,9 +1,22 @@
-"""For all tests: commands that run inside the test's process leave no log handlers behind."""
+"""For all tests: registrations are undone, what did not run is counted at the end.
 
+``make test`` leaves out the tests marked ``slow``. Where Detectron2 is not installed, test files
+that import it are left out too. Both are said in the last lines, with their numbers.
+"""
+
+import ast
+import importlib.util
 import logging
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
+
+DETECTRON2_IS_MISSING = importlib.util.find_spec("detectron2") is None
+
+deselected: set[str] = set()
+files_without_detectron2: set[Path] = set()
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +33,111 @@ def no_handlers_left_behind():
             handler.close()
         logger.propagate = True
     module.setup_logger.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def no_datasets_left_behind():
+    """Detectron2's catalogs are global: names that a test adds are removed."""
+    module = sys.modules.get("detectron2.data")
+    if module is None:
+        yield
+        return
+    known = set(module.DatasetCatalog)
+    yield
+    for name in set(module.DatasetCatalog) - known:
+        module.DatasetCatalog.remove(name)
+        if name in module.MetadataCatalog:
+            module.MetadataCatalog.remove(name)
+
+
+# ---- tests that need Detectron2, where it is not installed ----
+
+
+def _needs_detectron2(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ImportError) and (error.name or "").startswith("detectron2"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class ModuleWithoutDetectron2(pytest.Module):
+    """A test file that has no tests if it cannot be imported without Detectron2."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            if not _needs_detectron2(error):
+                raise
+            files_without_detectron2.add(self.path)
+            return []
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    if DETECTRON2_IS_MISSING:
+        return ModuleWithoutDetectron2.from_parent(parent, path=module_path)
+    return None
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leaves out folders whose ``conftest.py`` needs Detectron2."""
+    conftest = collection_path / "conftest.py"
+    if (
+        not DETECTRON2_IS_MISSING
+        or not conftest.is_file()
+        or collection_path == Path(__file__).parent
+    ):
+        return None
+    try:
+        runpy.run_path(str(conftest))
+    except ImportError as error:
+        if not _needs_detectron2(error):
+            raise
+        files_without_detectron2.update(collection_path.rglob("test_*.py"))
+        return True
+    return None
+
+
+def _test_functions(file: Path) -> int:
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return sum(function.name.startswith("test_") for function in functions)
+
+
+# ---- what did not run, in the last lines; under pytest-xdist the workers report it ----
+
+
+def pytest_deselected(items):
+    deselected.update(item.nodeid for item in items)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["deselected"] = sorted(deselected)
+        files = [str(file) for file in sorted(files_without_detectron2)]
+        session.config.workeroutput["files_without_detectron2"] = files
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    output = getattr(node, "workeroutput", {})
+    deselected.update(output.get("deselected", ()))
+    files_without_detectron2.update(map(Path, output.get("files_without_detectron2", ())))
+
+
+def pytest_unconfigure(config):
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or hasattr(config, "workerinput"):
+        return
+    if deselected:
+        reporter.write_line(
+            f"not run: {len(deselected)} tests left out by -m '{config.option.markexpr}'; "
+            "make test-all runs everything"
+        )
+    if files_without_detectron2:
+        count = sum(map(_test_functions, files_without_detectron2))
+        reporter.write_line(
+            f"not run: {count} test functions in {len(files_without_detectron2)} files, which need "
+            "Detectron2: it is not installed here"
+        )

@@ -1,22 +1,40 @@
 """Configs: every file loads, resolves its teacher and builds; mistakes are answered plainly."""
 
+import functools
 import inspect
 import os
 
 import pytest
 import torch
+import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import GeneralizedRCNN, build_model
 from tiny import MAIN_ROWS, distilled_cfg
 
 from kd_detectron import add_kd_config, get_config
-from kd_detectron.config import config_dir, find_config, list_configs
+from kd_detectron.config import config_dir, find_config, list_configs, load_run_config
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling import DistilledRCNN
+from kd_detectron.preflight.resume import check_same_run
 
-BUILT_IN = {
-    name: cls for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron.")
+DEFAULTS = {
+    "CKD": {"WEIGHT": 0.1, "TEMPERATURE": 1.0, "TRIPLE": "tss", "GROUP_SIZE": 0, "CHUNK_SIZE": 0},
+    "ReviewKD": {"WEIGHT": 1.0, "MID_CHANNELS": 256, "USE_ACT_CHECKPOINT": True},
+    "KD": {"WEIGHT": 1.0, "TEMPERATURE": 1.0},
+    "DKD": {"WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 0.25, "TEMPERATURE": 1.0},
+    "FitNet": {"WEIGHT": 1.0},
+    "FGFI": {"WEIGHT": 0.01, "PSI": 0.5},
+    "DCD": {"WEIGHT": 1.0, "EMBED_DIM": 128, "CONSISTENCY_WEIGHT": 0.5},
+    "BicKD": {
+        "WEIGHT": 1.0,
+        "TEMPERATURE": 1.0,
+        "CONTRAST_TEMPERATURE": 0.1,
+        "CONTRAST_WEIGHT": 1.0,
+        "FORM": "contrastive",
+    },
+    "SupCon": {"WEIGHT": 1.0, "TEMPERATURE": 0.1, "EMBED_DIM": 128},
+    "CRD": {"WEIGHT": 1.0, "TEMPERATURE": 0.1, "EMBED_DIM": 128},
 }
 
 
@@ -69,45 +87,126 @@ def test_leaves_are_short():
         assert len(lines) <= 9, name
 
 
-@pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_config_node_and_constructor_have_the_same_defaults(name):
+@pytest.mark.parametrize("name", sorted(DEFAULTS))
+def test_default_options_of_the_methods_do_not_change(name):
     cfg = get_cfg()
     add_kd_config(cfg)
-    node = {key.lower(): value for key, value in cfg.KD[name.upper()].items()}
-    assert node.pop("weight") >= 0
-    cls = BUILT_IN[name]
-    defaults = {
-        key: parameter.default
-        for key, parameter in inspect.signature(cls.__init__).parameters.items()
-        # in_channels, out_channels and the like come from the two models, not from the config.
-        if key != "self" and not key.endswith("_channels") or key == "mid_channels"
-    }
-    assert node == defaults
+    assert dict(cfg.KD[name.upper()]) == DEFAULTS[name]
 
 
-def test_a_distiller_from_elsewhere_needs_no_edit_of_ours(tmp_path):
-    @DISTILLER_REGISTRY.register()
-    class Scaled(Distiller):
-        requires = frozenset({"logits"})
+@pytest.fixture
+def register():
+    """Registers distillers, as a user's imported file does, until the test ends."""
+    before = {name for name, _ in DISTILLER_REGISTRY}
+    yield DISTILLER_REGISTRY.register
+    unregister(*({name for name, _ in DISTILLER_REGISTRY} - before))
 
-        def __init__(self, factor=1.0):
-            super().__init__()
-            self.factor = factor
 
-        def forward(self, context):
-            return {"loss_scaled": context.student.logits.square().mean() * self.factor}
+def unregister(*names):
+    for name in names:
+        DISTILLER_REGISTRY._obj_map.pop(name)
 
-    try:
-        cfg = distilled_cfg(tmp_path, ["Scaled", "CKD"])
-        cfg.KD.OPTIONS.Scaled = CfgNode({"WEIGHT": 2.5, "FACTOR": 3.0})
-        model = build_model(cfg)
-        assert model.distillation_weights == {"Scaled": 2.5, "CKD": 0.1}
-        assert model.distillers["Scaled"].factor == 3.0
-        cfg.KD.OPTIONS.Scaled = CfgNode({"FACTR": 3.0})
-        with pytest.raises(ConfigError, match="FACTR; did you mean FACTOR"):
-            build_model(cfg)
-    finally:
-        DISTILLER_REGISTRY._obj_map.pop("Scaled")
+
+class Scaled(Distiller):
+    """A distiller of a user's, with two options."""
+
+    default_weight = 0.5
+    requires = frozenset({"logits"})
+
+    def __init__(self, channels=3, *, factor=1.0, powers=(1, 2)):
+        super().__init__()
+        self.factor, self.powers = factor, powers
+
+    def forward(self, context):
+        return {"loss_scaled": context.student.logits.square().mean() * self.factor}
+
+
+def test_a_distiller_from_elsewhere_has_a_node_and_is_built_from_it(register, tmp_path):
+    register(Scaled)
+    cfg = distilled_cfg(tmp_path, ["Scaled", "CKD"])
+    assert dict(cfg.KD.SCALED) == {"WEIGHT": 0.5, "FACTOR": 1.0, "POWERS": (1, 2)}
+    cfg.merge_from_list(["KD.SCALED.WEIGHT", "2.5", "KD.SCALED.FACTOR", "3.0"])
+    (tmp_path / "own.yaml").write_text(cfg.dump())
+    cfg = get_config(str(tmp_path / "own.yaml"), ["KD.SCALED.POWERS", "[3]"])
+    model = build_model(cfg)
+    assert model.distillation_weights == {"Scaled": 2.5, "CKD": 0.1}
+    assert (model.distillers["Scaled"].factor, model.distillers["Scaled"].powers) == (3.0, (3,))
+
+
+def test_a_distiller_registered_after_the_config_was_made_has_its_defaults(register, tmp_path):
+    cfg = distilled_cfg(tmp_path, ["Scaled"])
+    register(Scaled)
+    model = build_model(cfg)
+    assert model.distillation_weights == {"Scaled": 0.5}
+    cfg.KD.SCALED = CfgNode({"FACTR": 3.0})
+    with pytest.raises(ConfigError, match="KD.SCALED has no option FACTR; did you mean FACTOR"):
+        build_model(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("KD.SCALED.FACTR", "; did you mean KD.SCALED.FACTOR"),
+        # Positional: sized by the two models.
+        ("KD.SCALED.CHANNELS", ", which is no config key"),
+        ("KD.SCALD.FACTOR", "no node KD.SCALD; did you mean KD.SCALED.FACTOR.* --import FILE.py"),
+        ("KD.OPTIONS.Scaled.WEIGHT", "place of KD.OPTIONS: set KD.SCALED.WEIGHT"),
+    ],
+)
+def test_wrong_options_of_a_distiller_from_elsewhere_are_refused(register, tmp_path, key, said):
+    register(Scaled)
+    with pytest.raises(ConfigError, match=f"the command line sets {key}.*{said}"):
+        get_config("ckd_rcnn_r101_r18.yaml", [key, 2.0])
+    content = functools.reduce(lambda value, part: {part: value}, reversed(key.split(".")), 2.0)
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=f"own.yaml sets {key.rpartition('.')[0]}"):
+        get_config(str(tmp_path / "own.yaml"))
+
+
+def test_config_of_a_run_is_read_without_the_file_of_its_distiller(register, tmp_path):
+    register(Scaled)
+    cfg = distilled_cfg(tmp_path, ["Scaled"])
+    unregister("Scaled")
+    # As runs of earlier versions have it.
+    cfg.KD.OPTIONS = CfgNode()
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert load_run_config(tmp_path).KD.SCALED.FACTOR == 1.0
+    assert "OPTIONS" not in load_run_config(tmp_path).KD
+
+
+def test_changed_option_of_a_users_distiller_makes_another_run(register, tmp_path):
+    register(Scaled)
+    cfg = distilled_cfg(tmp_path, ["Scaled"], ["OUTPUT_DIR", str(tmp_path)])
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    cfg.KD.SCALED.WEIGHT = 3.0
+    assert check_same_run(cfg) == ["KD.SCALED.WEIGHT was 0.5 and is 3.0"]
+    cfg.KD.SCALED.FACTOR = 4.0
+    with pytest.raises(ConfigError, match="KD.SCALED.FACTOR was 1.0 and is 4.0"):
+        check_same_run(cfg)
+
+
+def named(name, **options):
+    """A distiller of this name, whose options have these defaults."""
+    code = ", ".join(["self", "*" if options else "", *(f"{key}={key}" for key in options)])
+    scope = dict(options)
+    exec(f"def __init__({code}): pass", scope)
+    return type(name, (Distiller,), {"__init__": scope["__init__"]})
+
+
+@pytest.mark.parametrize(
+    ("distiller", "said"),
+    [
+        (named("ReviewKd"), "'ReviewKd' cannot have the config node KD.REVIEWKD.* of ReviewKD"),
+        (named("Teacher"), "'Teacher' cannot have the config node KD.TEACHER"),
+        (named("Own", weight=1.0), "option 'weight', but KD.OWN.WEIGHT is taken"),
+        (named("Own", of={1}), r"the option 'of' of the distiller 'Own' has default \{1\}"),
+        (named("Own", of=inspect.Parameter.empty), "'of' of the distiller 'Own' has no default"),
+    ],
+)
+def test_distiller_that_can_have_no_node_is_refused(register, distiller, said):
+    register(distiller)
+    with pytest.raises(ConfigError, match=said):
+        add_kd_config(get_cfg())
 
 
 def test_configs_are_found_by_bare_name_from_any_directory(tmp_path, monkeypatch):

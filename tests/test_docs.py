@@ -39,7 +39,12 @@ def test_config_keys_exist(page):
     cfg = get_cfg()
     add_kd_config(cfg)
     heads = "KD|MODEL|SOLVER|INPUT|DATASETS|DATALOADER|TEST"
-    for key in re.findall(rf"\b((?:{heads})(?:\.[A-Z0-9_]+)+)\b", page.read_text(encoding="utf-8")):
+    text = page.read_text(encoding="utf-8")
+    # Nodes of distillers that the page itself writes; tests/test_pages.py trains with them.
+    own = re.findall(r"@DISTILLER_REGISTRY.register\(\)\nclass (\w+)", text)
+    for key in re.findall(rf"\b((?:{heads})(?:\.[A-Z0-9_]+)+)\b", text):
+        if key.split(".")[1] in [name.upper() for name in own]:
+            continue
         node = cfg
         for part in key.split("."):
             assert part in node, key

@@ -1,28 +1,16 @@
-"""``docs/reliability.md`` names tests that exist, and its counts are those of its tables."""
+"""The numbers that ``docs/reliability.md`` begins with are those of its tables."""
 
-import re
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "reliability.md"
-ROW = re.compile(r"^\| .*`(\w[\w/]*\.py)::(\w+)`", re.MULTILINE)
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
 
 
-def rows(section: str) -> list[str]:
-    """The rows of a section's table, without its two head lines."""
-    text = PAGE.read_text(encoding="utf-8").split(f"## {section}")[1].split("\n## ")[0]
-    return [line for line in text.splitlines() if line.startswith("| ")][1:]
+def number_of_rows(text: str, section: str) -> int:
+    body = text.split(f"## {section}\n")[1].split("\n## ")[0]
+    return sum(line.startswith("| ") for line in body.splitlines()) - 1  # without the head
 
 
-def test_every_named_test_exists():
-    named = re.findall(r"`([\w/]+\.py)::(\w+)`", PAGE.read_text(encoding="utf-8"))
-    assert len(named) > 50
-    for file, name in named:
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, name)
-
-
-def test_every_row_has_a_test_and_the_counts_are_right():
+def test_numbers_are_those_of_the_tables():
     text = PAGE.read_text(encoding="utf-8")
-    wrong_input, faults = rows("Wrong input"), rows("Faults")
-    assert all(ROW.match(row) for row in wrong_input + faults)
-    assert f"{len(wrong_input)} kinds of wrong input and {len(faults)} kinds of fault" in text
+    wrong_input, faults = number_of_rows(text, "Wrong input"), number_of_rows(text, "Faults")
+    assert f"{wrong_input} kinds of wrong input and {faults} kinds of fault" in text

@@ -20,7 +20,7 @@ from kd_detectron.commands import add_import_option, exit_code, import_user_code
 from kd_detectron.config import get_config
 from kd_detectron.engine.main import check_data
 from kd_detectron.engine.trainer import DistillationTrainer
-from kd_detectron.preflight.checks_to_split import check_meta_architecture
+from kd_detectron.preflight.config import check_meta_architecture
 from kd_detectron.profiling.gradient_norms import format_gradient_norms, gradient_norms
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kd_detectron.commands import exit_code
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher, published_numbers
+from kd_detectron.runs.tables import build_table, load_teacher_result, published_numbers
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def write_table(args: argparse.Namespace) -> None:
     table = build_table(
         [load_run(path) for path in args.runs],
         baselines=[load_run(path) for path in args.baseline],
-        teachers=[load_teacher(path) for path in args.teacher],
+        teachers=[load_teacher_result(path) for path in args.teacher],
         published=published_numbers(),
     )
     print(table.text())

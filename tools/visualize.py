@@ -19,7 +19,7 @@ from pathlib import Path
 from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import Run, load_run
-from kd_detectron.runs.tables import load_teacher
+from kd_detectron.runs.tables import load_teacher_result
 from kd_detectron.visualize import models as loading
 from kd_detectron.visualize.ap import plot_ap
 from kd_detectron.visualize.cams import draw_cams
@@ -42,7 +42,7 @@ def curves(args: argparse.Namespace) -> None:
 
 
 def teacher_ap(args: argparse.Namespace) -> dict[str, float]:
-    results = load_teacher(args.teacher).results if args.teacher else {}
+    results = load_teacher_result(args.teacher).results if args.teacher else {}
     return {task: values["AP"] for task, values in results.items() if "AP" in values}
 
 

@@ -15,7 +15,6 @@ no common meaning for timm's networks and must be 0. Tests: ``tests/backbones/te
 """
 
 import difflib
-import logging
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -35,8 +34,7 @@ from kd_detectron.backbones.pyramid import (
     pyramid_stages,
 )
 from kd_detectron.errors import ConfigError
-
-_logger = logging.getLogger(__name__)
+from kd_detectron.preflight.pixel_statistics import warn_of_pretrained_statistics
 
 
 class TimmBackbone(Backbone):
@@ -157,25 +155,6 @@ def _create(timm: ModuleType, name: str, *, pretrained: bool = False, **options)
         ) from error
 
 
-def _warn_of_other_normalisation(cfg: CfgNode, network: nn.Module) -> None:
-    """Warns if the config does not normalise images as timm's weights were trained."""
-    trained = getattr(network, "pretrained_cfg", None) or {}
-    order = slice(None, None, -1 if cfg.INPUT.FORMAT == "BGR" else 1)
-    for key, name in (("PIXEL_MEAN", "mean"), ("PIXEL_STD", "std")):
-        expected = [round(255.0 * value, 3) for value in trained.get(name, ())][order]
-        own = list(cfg.MODEL[key])
-        if expected and any(abs(a - b) > 1.0 for a, b in zip(expected, own, strict=True)):
-            _logger.warning(
-                "timm's weights of %s were trained with MODEL.%s %s (for INPUT.FORMAT %s), but it"
-                " is %s",
-                cfg.MODEL.TIMM.NAME,
-                key,
-                expected,
-                cfg.INPUT.FORMAT,
-                own,
-            )
-
-
 def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
     check_three_channels(cfg)
     check_not_frozen(cfg)
@@ -187,7 +166,14 @@ def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
         out_features=stages,
     )
     if cfg.MODEL.TIMM.PRETRAINED:
-        _warn_of_other_normalisation(cfg, bottom_up.net)
+        trained = getattr(bottom_up.net, "pretrained_cfg", None) or {}
+        warn_of_pretrained_statistics(
+            f"MODEL.TIMM.NAME '{cfg.MODEL.TIMM.NAME}'",
+            *([255 * value for value in trained.get(key, ())] for key in ("mean", "std")),
+            input_format=cfg.INPUT.FORMAT,
+            mean=cfg.MODEL.PIXEL_MEAN,
+            std=cfg.MODEL.PIXEL_STD,
+        )
     return build_pyramid(cfg, bottom_up, stages=stages, retinanet=retinanet)
 
 

@@ -6,6 +6,7 @@ Importing this package registers ``torchvision://`` with Detectron2's PathManage
 from kd_detectron.checkpoint.checkpointer import (
     DistillationCheckpointer,
     UnreadableCheckpointError,
+    refuse_misfit,
 )
 from kd_detectron.checkpoint.export import (
     ExportedStudent,
@@ -33,6 +34,7 @@ __all__ = [
     "export_student",
     "find_run",
     "load_student",
+    "refuse_misfit",
     "remove_stale_files",
     "student_config",
     "torchvision_layout",

@@ -270,5 +270,27 @@ class DistillationCheckpointer(DetectionCheckpointer):
         _logger.info("loaded %d of %d tensors from %s", len(loaded), len(own_names), self._source)
 
 
+def refuse_misfit(incompatible: _IncompatibleKeys, problem: str, fix: str) -> None:
+    """Raises ConfigError unless a checkpoint and its model have the same tensors.
+
+    Args:
+        incompatible: what ``DistillationCheckpointer.load`` could not match.
+        problem: the sentence's beginning, naming the checkpoint and what it does not fit.
+        fix: the sentence's end.
+    """
+    reshaped = {name for name, *_ in incompatible.incorrect_shapes}
+    differences = []
+    for what, names in (
+        ("missing", set(incompatible.missing_keys) - reshaped),
+        ("unexpected", set(incompatible.unexpected_keys)),
+        ("of another shape", reshaped),
+    ):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
+            differences.append(f"{len(names)} keys {what} ({shown})")
+    if differences:
+        raise ConfigError(f"{problem}: {'; '.join(differences)}; {fix}")
+
+
 def _is_array(value: Any) -> bool:
     return isinstance(value, (torch.Tensor, np.ndarray))

@@ -20,9 +20,10 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
-from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer
+from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
 from kd_detectron.checkpoint.files import atomic_open
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import LAST_CHECKPOINT, last_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -100,15 +101,11 @@ def load_student(checkpoint: str, cfg: CfgNode | str) -> tuple[CfgNode, torch.nn
         ) from error
     checkpointer = DistillationCheckpointer(model, weights_key="the student's checkpoint")
     checkpointer.load(checkpoint)
-    incompatible = checkpointer.incompatible
-    if any(incompatible):
-        count = sum(map(len, incompatible))
-        first = (*incompatible.missing_keys, *incompatible.unexpected_keys)
-        first += tuple(name for name, _, _ in incompatible.incorrect_shapes)
-        raise ConfigError(
-            f"'{checkpoint}' does not fit its config: {count} tensors are missing, unexpected or of"
-            f" another shape, the first '{first[0]}'; give the config that it was trained with"
-        )
+    refuse_misfit(
+        checkpointer.incompatible,
+        f"'{checkpoint}' does not fit its config",
+        "give the config that it was trained with",
+    )
     return cfg, model.eval()
 
 
@@ -156,11 +153,10 @@ def find_run(src: str) -> tuple[str, str]:
     """Returns the checkpoint that ``src`` means and the path of its config."""
     if not os.path.isdir(src):
         return src, os.path.join(os.path.dirname(src), "config.yaml")
-    tag = os.path.join(src, "last_checkpoint")
-    if not os.path.isfile(tag):
+    checkpoint = last_checkpoint(src)
+    if checkpoint is None:
         raise ConfigError(
-            f"'{src}' is no output folder of a run: it has no 'last_checkpoint'; name the"
+            f"'{src}' is no output folder of a run: it has no '{LAST_CHECKPOINT}'; name the"
             " checkpoint file itself"
         )
-    with open(tag, encoding="utf-8") as file:
-        return os.path.join(src, file.read().strip()), os.path.join(src, "config.yaml")
+    return str(checkpoint), os.path.join(src, "config.yaml")

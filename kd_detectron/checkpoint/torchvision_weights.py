@@ -14,7 +14,6 @@ over, and Detectron2's default of the stride in the 1x1 convolution (torchvision
 activations`` in ``tests/test_torchvision_weights.py``.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Mapping
 
@@ -24,8 +23,11 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from torch import nn
 
 from kd_detectron.errors import ConfigError, did_you_mean
-
-_logger = logging.getLogger(__name__)
+from kd_detectron.preflight.pixel_statistics import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    warn_of_pretrained_statistics,
+)
 
 # Those that Detectron2's ResNet and this project's MobileNetV2 are.
 TORCHVISION_NETWORKS = (
@@ -36,8 +38,6 @@ TORCHVISION_NETWORKS = (
     "resnet152",
     "mobilenet_v2",
 )
-_RGB_MEAN = (123.675, 116.28, 103.53)
-_RGB_STD = (58.395, 57.12, 57.375)
 _DEPTH_OF_BLOCKS = {
     (2, 2, 2, 2): (18, 18),
     (3, 4, 6, 3): (34, 50),
@@ -260,23 +260,12 @@ def _check_stride(resnet: nn.Module, source: str) -> None:
 
 
 def _warn_of_other_normalisation(model: nn.Module, source: str) -> None:
-    """Warns if the model does not normalise images as torchvision's weights were trained."""
-    if not hasattr(model, "pixel_mean") or not hasattr(model, "input_format"):
-        return
-    order = slice(None, None, -1 if model.input_format == "BGR" else 1)
-    mean, std = list(_RGB_MEAN[order]), list(_RGB_STD[order])
-    own_mean, own_std = model.pixel_mean.flatten().cpu(), model.pixel_std.flatten().cpu()
-    if not (
-        torch.allclose(own_mean, torch.tensor(mean), atol=1.0)
-        and torch.allclose(own_std, torch.tensor(std), atol=1.0)
-    ):
-        _logger.warning(
-            "%s was trained by torchvision with MODEL.PIXEL_MEAN %s and MODEL.PIXEL_STD %s (for"
-            " INPUT.FORMAT %s), but this model has %s and %s",
+    if hasattr(model, "pixel_mean") and hasattr(model, "input_format"):
+        warn_of_pretrained_statistics(
             source,
-            mean,
-            std,
-            model.input_format,
-            [round(value, 3) for value in own_mean.tolist()],
-            [round(value, 3) for value in own_std.tolist()],
+            IMAGENET_MEAN["RGB"],
+            IMAGENET_STD["RGB"],
+            input_format=model.input_format,
+            mean=model.pixel_mean.flatten().tolist(),
+            std=model.pixel_std.flatten().tolist(),
         )

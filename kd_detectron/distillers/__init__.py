@@ -1,7 +1,15 @@
-"""One file a distillation method; importing this package registers them all."""
+"""One file per distillation method; importing this package registers them all."""
 
-from .base import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from .base import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    ModelSpec,
+    build_distiller,
+    find_distiller,
+    option_defaults,
+)
 from .bickd import BicKD
+from .boxkd import BoxKD
 from .ckd import CKD
 from .crd import CRD
 from .dcd import DCD
@@ -9,11 +17,15 @@ from .dkd import DKD
 from .fgfi import FGFI
 from .fitnet import FitNet
 from .kd import KD
+from .maskkd import MaskKD
+from .pkd import PKD
 from .reviewkd import ReviewKD
+from .rpnkd import RPNKD
 from .supcon import SupCon
 
 __all__ = [
     "BicKD",
+    "BoxKD",
     "CKD",
     "CRD",
     "DCD",
@@ -23,8 +35,13 @@ __all__ = [
     "FGFI",
     "FitNet",
     "KD",
+    "MaskKD",
     "ModelSpec",
+    "PKD",
+    "RPNKD",
     "ReviewKD",
     "SupCon",
     "build_distiller",
+    "find_distiller",
+    "option_defaults",
 ]

@@ -1,4 +1,4 @@
-"""One convolution a level, from the student's channels to the teacher's."""
+"""One convolution per level, from the student's channels to the teacher's."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class LevelAdapters(nn.ModuleList):
-    """A convolution a level, run in float32: losses on features are too small for half precision.
+    """One convolution per level, in float32: losses on features are too small for half precision.
 
     Args:
         in_channels: channels of the student's levels, fine to coarse.

@@ -14,6 +14,7 @@ This file, like every distiller and loss, is plain PyTorch: it runs without Dete
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from fvcore.common.registry import Registry
@@ -24,8 +25,8 @@ from kd_detectron.errors import ConfigError, did_you_mean
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
 Distillers by name, the name that ``KD.DISTILLERS`` lists. A registered object must be a subclass of
-:class:`Distiller`; its options are the keyword arguments of its ``__init__``, read from its config
-node (``KD.<NAME IN CAPITALS>``) or from ``KD.OPTIONS.<Name>``.
+:class:`Distiller`; its options are the keyword-only parameters of its ``__init__``, read from its
+config node ``KD.<NAME IN CAPITALS>``.
 """
 
 
@@ -49,13 +50,21 @@ class ModelSpec:
 class Distiller(nn.Module):
     """Base class of every method: subclass, register, return named losses from ``forward``.
 
+    The keyword-only parameters of a subclass's constructor are its options: each is a key of its
+    config node, with the same default and, in docs/config.md, the text under "Args:". Positional
+    parameters are filled by :meth:`from_specs`.
+
     Class attributes:
+        default_weight: default of ``KD.<NAME>.WEIGHT``, the factor on its losses.
         requires: the parts of the context that ``forward`` reads, a subset of ``{"features",
-            "logits", "box_features", "anchors"}``. Checked against student and teacher when the
-            model is built, so that a method that cannot work is refused before the first step.
+            "objectness", "box_features", "logits", "box_deltas", "mask_logits", "anchors"}``;
+            "objectness" covers the anchors' deltas and labels. Checked against student and teacher
+            when the model is built, so that a method that cannot work is refused before the first
+            step. What no distiller requires is not computed.
     """
 
-    requires: frozenset[str] = frozenset()
+    default_weight: ClassVar[float] = 1.0
+    requires: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_specs(cls, student: ModelSpec, teacher: ModelSpec, **options) -> "Distiller":
@@ -72,6 +81,30 @@ class Distiller(nn.Module):
         raise NotImplementedError
 
 
+def find_distiller(name: str) -> type[Distiller]:
+    """Returns the distiller that is registered under a name of ``KD.DISTILLERS``.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in DISTILLER_REGISTRY:
+        known = [key for key, _ in DISTILLER_REGISTRY]
+        raise ConfigError(
+            f"KD.DISTILLERS names '{name}', which is not registered{did_you_mean(name, known)}"
+            " (import your own file first: tools/train_net.py --import FILE.py)"
+        )
+    return DISTILLER_REGISTRY.get(name)
+
+
+def option_defaults(cls: type[Distiller]) -> dict[str, Any]:
+    """Options of a distiller with their defaults: its constructor's keyword-only parameters."""
+    return {
+        name: parameter.default
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
 def build_distiller(
     name: str, options: Mapping, student: ModelSpec, teacher: ModelSpec
 ) -> Distiller:
@@ -85,23 +118,13 @@ def build_distiller(
     Raises:
         ConfigError: the name or an option is unknown, or a value is refused by the distiller.
     """
-    if name not in DISTILLER_REGISTRY:
-        known = [key for key, _ in DISTILLER_REGISTRY]
-        raise ConfigError(
-            f"KD.DISTILLERS names '{name}', which is not registered{did_you_mean(name, known)}"
-            " (import your own file first: tools/train_net.py --import FILE.py)"
-        )
-    cls = DISTILLER_REGISTRY.get(name)
-    options = {key.lower(): value for key, value in options.items()}
-    accepted = [
-        key
-        for key, parameter in inspect.signature(cls.__init__).parameters.items()
-        if key != "self" and parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+    cls = find_distiller(name)
+    known = {option.upper(): option for option in option_defaults(cls)}
     for key in options:
-        if key not in accepted:
+        if key.upper() not in known:
             raise ConfigError(
                 f"KD.{name.upper()} has no option {key.upper()}"
-                f"{did_you_mean(key.upper(), [a.upper() for a in accepted] + ['WEIGHT'])}"
+                f"{did_you_mean(key.upper(), [*known, 'WEIGHT'])}"
             )
+    options = {known[key.upper()]: value for key, value in options.items()}
     return cls.from_specs(student, teacher, **options)

@@ -14,7 +14,7 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 @DISTILLER_REGISTRY.register()
 class BicKD(Distiller):
-    """KD + contrast_weight * (class-wise + sample-wise contrast)."""
+    """KD and a contrast of probabilities by class and by sample (arXiv 2602.01265)."""
 
     requires = frozenset({"logits"})
 
@@ -28,10 +28,11 @@ class BicKD(Distiller):
     ):
         """
         Args:
-            temperature: T > 0, softens the predictions, also in KD.
-            contrast_temperature: divides the cosines of the contrastive form; > 0.
-            contrast_weight: weight of the class-wise and the sample-wise term together.
-            form: "contrastive" or "orthogonal".
+            temperature: divides the logits before the softmax, also in KD; above 0.
+            contrast_temperature: divides the cosine similarities of the contrastive form; above 0.
+            contrast_weight: factor on the class-wise and the sample-wise contrast, against KD.
+            form: "contrastive" (cross entropy) or "orthogonal" (diagonal to 1, the rest to 0,
+                squared).
         """
         super().__init__()
         check_form(form)

@@ -14,8 +14,9 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 @DISTILLER_REGISTRY.register()
 class CKD(Distiller):
-    """Contrast of L2-normalised logits, proposal against proposal."""
+    """Contrast of L2-normalised logits, proposal against proposal (arXiv 2404.14109)."""
 
+    default_weight = 0.1
     requires = frozenset({"logits"})
 
     def __init__(
@@ -28,10 +29,12 @@ class CKD(Distiller):
     ):
         """
         Args:
-            temperature: tau > 0, divides the cosines. At 1 the loss stays near ln R.
-            triple: whose are anchor, positive and negatives: "tss" (the method), "sts" or "stt".
-            group_size: contrast inside random groups of this many proposals; 0: all together.
-            chunk_size: rows of the similarity matrix held at a time; 0: chosen by size.
+            temperature: divides the cosine similarities; above 0. At 1 the loss stays near ln R.
+            triple: whose are anchor, positive and negatives, the student's (s) or the teacher's
+                (t): "tss" (the method), "sts" or "stt".
+            group_size: contrast inside random groups of this many proposals; 0: all proposals of
+                the step together.
+            chunk_size: rows of the similarity matrix computed at a time; 0: chosen by size.
         """
         super().__init__()
         check_triple(triple)

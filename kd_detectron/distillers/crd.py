@@ -2,7 +2,7 @@
 
 "Contrastive Representation Distillation", arXiv 1910.10699, as a row of Table VI of CKD,
 arXiv 2404.14109. Box-head outputs, (R, D), of the student's R sampled proposals go through one
-linear embedding a model. In-batch: there is no memory bank.
+linear embedding per model. In-batch: there is no memory bank.
 """
 
 from kd_detectron.losses import crd_loss
@@ -14,7 +14,7 @@ from .embedding import Embedding, box_channels
 
 @DISTILLER_REGISTRY.register()
 class CRD(Distiller):
-    """In-batch contrast whose negatives are proposals of other classes only."""
+    """Contrast with negatives of other classes only, without a memory bank (arXiv 1910.10699)."""
 
     requires = frozenset({"box_features"})
 
@@ -29,8 +29,8 @@ class CRD(Distiller):
         """
         Args:
             student_channels, teacher_channels: widths D of the two models' box-head outputs.
-            temperature: tau > 0, divides the cosines.
-            embed_dim: width E of the embeddings.
+            temperature: divides the cosine similarities; above 0.
+            embed_dim: width of the two embeddings.
         """
         super().__init__()
         check_whole_number("KD.CRD.EMBED_DIM", embed_dim, at_least=1)

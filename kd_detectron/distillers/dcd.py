@@ -1,7 +1,7 @@
 """DCD: contrast and consistency of box-head embeddings, with learnable scale and bias.
 
 "Discriminative and Consistent Representation Distillation", arXiv 2407.11802. Box-head outputs,
-(R, D), of the student's R sampled proposals go through one linear embedding a model. The paper's
+(R, D), of the student's R sampled proposals go through one linear embedding per model. The paper's
 DCD+KD is ``KD.DISTILLERS: ["KD", "DCD"]``.
 """
 
@@ -17,7 +17,7 @@ from .embedding import Embedding, box_channels
 
 @DISTILLER_REGISTRY.register()
 class DCD(Distiller):
-    """In-batch contrast of student and teacher embeddings, and its symmetry."""
+    """Contrast and consistency of box-head embeddings in a batch (arXiv 2407.11802)."""
 
     requires = frozenset({"box_features"})
 
@@ -32,8 +32,8 @@ class DCD(Distiller):
         """
         Args:
             student_channels, teacher_channels: widths D of the two models' box-head outputs.
-            embed_dim: width E of the embeddings.
-            consistency_weight: weight of the consistency term.
+            embed_dim: width of the two embeddings.
+            consistency_weight: factor on the consistency term, against the contrastive one.
         """
         super().__init__()
         check_whole_number("KD.DCD.EMBED_DIM", embed_dim, at_least=1)

@@ -13,16 +13,17 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 @DISTILLER_REGISTRY.register()
 class DKD(Distiller):
-    """alpha * (target class divergence) + beta * (non-target classes divergence)."""
+    """Divergence of the target class and of the others, weighted separately (CVPR 2022)."""
 
     requires = frozenset({"logits"})
 
     def __init__(self, *, alpha: float = 1.0, beta: float = 0.25, temperature: float = 1.0):
         """
         Args:
-            alpha: weight of the divergence of (target, everything else).
-            beta: weight of the divergence among the non-target classes.
-            temperature: T > 0, softens all distributions; the loss is multiplied by T^2.
+            alpha: factor on the divergence of (target class, all others).
+            beta: factor on the divergence among the other classes.
+            temperature: divides the logits before the softmax; above 0. The loss is multiplied by
+                its square.
         """
         super().__init__()
         self.alpha = check_number("KD.DKD.ALPHA", alpha, at_least=0)

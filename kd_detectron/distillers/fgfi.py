@@ -25,8 +25,9 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 @DISTILLER_REGISTRY.register()
 class FGFI(Distiller):
-    """Squared feature difference at locations near objects; a zero where there are none."""
+    """Squared feature difference at locations near objects, 0 without objects (CVPR 2019)."""
 
+    default_weight = 0.01
     requires = frozenset({"features", "anchors"})
 
     def __init__(
@@ -36,7 +37,7 @@ class FGFI(Distiller):
         Args:
             in_channels: channels of the student's levels, fine to coarse.
             out_channels: channels of the teacher's levels, in the same order.
-            psi: anchors above psi times a box's best IoU are near it; in [0, 1).
+            psi: anchors whose IoU is above psi times a box's best one are imitated; in [0, 1).
         """
         super().__init__()
         self.psi = check_number("KD.FGFI.PSI", psi, at_least=0, below=1)

@@ -16,7 +16,7 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 @DISTILLER_REGISTRY.register()
 class FitNet(Distiller):
-    """Mean squared error between adapted student features and teacher features, all levels."""
+    """Mean squared error of adapted FPN features, all levels (arXiv 1412.6550)."""
 
     requires = frozenset({"features"})
 

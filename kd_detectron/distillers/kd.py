@@ -13,14 +13,15 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 @DISTILLER_REGISTRY.register()
 class KD(Distiller):
-    """Kullback-Leibler divergence from the teacher's to the student's class distribution."""
+    """Kullback-Leibler divergence of softened class distributions (arXiv 1503.02531)."""
 
     requires = frozenset({"logits"})
 
     def __init__(self, *, temperature: float = 1.0):
         """
         Args:
-            temperature: T > 0, softens both distributions; the loss is multiplied by T^2.
+            temperature: divides the logits before the softmax; above 0. The loss is multiplied by
+                its square.
         """
         super().__init__()
         self.temperature = check_number("KD.KD.TEMPERATURE", temperature, above=0)

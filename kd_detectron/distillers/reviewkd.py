@@ -73,9 +73,9 @@ class AttentionFusion(nn.Module):
             nn.Conv2d(mid_channels, out_channels, kernel_size=3, padding=1, bias=False),
             _BatchNorm2d(out_channels),
         )
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_uniform_(module.weight, a=1)
+        # The attention's convolution keeps PyTorch's initialisation, as in the release.
+        for convolution in (self.reduce[0], self.output[0]):
+            nn.init.kaiming_uniform_(convolution.weight, a=1)
 
     def mix(self, reduced: torch.Tensor, coarser: torch.Tensor) -> torch.Tensor:
         """Mixes this level's reduced map with the running feature of the next coarser one.
@@ -105,7 +105,7 @@ class AttentionFusion(nn.Module):
 
 @DISTILLER_REGISTRY.register()
 class ReviewKD(Distiller):
-    """Hierarchical context loss between the fused student features and the teacher's."""
+    """Fused student features against the teacher's, hierarchical context loss (CVPR 2021)."""
 
     requires = frozenset({"features"})
 
@@ -113,6 +113,7 @@ class ReviewKD(Distiller):
         self,
         in_channels: Sequence[int] = (256,) * 5,
         out_channels: Sequence[int] = (256,) * 5,
+        *,
         mid_channels: int = 256,
         use_act_checkpoint: bool = True,
     ):

@@ -14,7 +14,7 @@ from .embedding import Embedding, box_channels
 
 @DISTILLER_REGISTRY.register()
 class SupCon(Distiller):
-    """Supervised contrast of the student's box-head embeddings by assigned class."""
+    """Supervised contrast of student box-head embeddings, without a memory bank."""
 
     requires = frozenset({"box_features"})
 
@@ -22,8 +22,8 @@ class SupCon(Distiller):
         """
         Args:
             student_channels: width D of the student's box-head output.
-            temperature: tau > 0, divides the cosines.
-            embed_dim: width E of the embedding.
+            temperature: divides the cosine similarities; above 0.
+            embed_dim: width of the embedding.
         """
         super().__init__()
         check_whole_number("KD.SUPCON.EMBED_DIM", embed_dim, at_least=1)

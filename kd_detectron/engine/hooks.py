@@ -10,7 +10,6 @@
 - :class:`StopOnSignal`: SIGTERM and SIGINT finish the iteration, write a checkpoint, and stop.
 """
 
-import json
 import logging
 import math
 import os
@@ -27,6 +26,7 @@ from detectron2.utils import comm
 from kd_detectron.checkpoint import export_student
 from kd_detectron.commands import INTERRUPTED_EXIT_CODE
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import read_metrics, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -160,10 +160,10 @@ class KeepBest(BestCheckpointer):
 
     def __init__(self, output_dir: str, eval_period: int, checkpointer, metric: str):
         super().__init__(eval_period, checkpointer, metric)
-        self._metrics_file = os.path.join(output_dir, "metrics.json")
+        self._output_dir = output_dir
 
     def before_train(self) -> None:
-        for record in read_metrics(self._metrics_file):
+        for record in read_metrics(self._output_dir):
             value = record.get(self._val_metric)
             if value is not None and (self.best_metric is None or value > self.best_metric):
                 self._update_best(value, record["iteration"])
@@ -185,7 +185,7 @@ class WriteResult(HookBase):
     """Writes ``result.json``: final AP, iterations, seconds and sizes of a finished run."""
 
     def __init__(self, output_dir: str, facts: dict):
-        self._path = os.path.join(output_dir, "result.json")
+        self._output_dir = output_dir
         self._facts = facts
         self._seconds = 0.0
 
@@ -196,12 +196,12 @@ class WriteResult(HookBase):
         if self.trainer.iter < self.trainer.max_iter or not comm.is_main_process():
             return
         results = getattr(self.trainer, "_last_eval_results", None) or {}
-        write_json(
-            self._path,
+        write_result(
+            self._output_dir,
             self._facts
             | {
                 "seed": self.trainer.seed,  # of a resumed run, that of its checkpoint
-                "results": without_nan(results),
+                "results": results,
                 "iterations": self.trainer.max_iter,
                 "seconds": round(self._elapsed(), 1),
                 "finished": True,
@@ -281,37 +281,3 @@ class Interrupted(SystemExit):
             f"stopped by {signal.Signals(number).name} after iteration {iteration}, checkpoint "
             "written; start the same command with --resume to go on"
         )
-
-
-def read_metrics(path: str) -> list[dict]:
-    """The records of a ``metrics.json``, without a last line that a killed process cut short."""
-    if not os.path.isfile(path):
-        return []
-    with open(path, "rb") as file:
-        return [record for record in map(parse_record, file) if record is not None]
-
-
-def parse_record(line: bytes) -> dict | None:
-    """One line of ``metrics.json``; None for a line that was cut short."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def without_nan(results: dict) -> dict:
-    """Evaluation results with None for what could not be computed; JSON has no NaN."""
-    return {
-        key: without_nan(value)
-        if isinstance(value, dict)
-        else (value if math.isfinite(value) else None)
-        for key, value in results.items()
-    }
-
-
-def write_json(path: str, content: dict) -> None:
-    """Writes a JSON file under a temporary name and renames it, so that it is whole or absent."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, allow_nan=False)
-    os.replace(temporary, path)

@@ -33,11 +33,13 @@ from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
-from kd_detectron.modeling.build import check_fits
+from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
 from kd_detectron.modeling.teacher_loading import run_lazy_file
-from kd_detectron.preflight.checks_to_split import check_same_lazy_run, warn_of_pixel_statistics
-from kd_detectron.preflight.data import UNKNOWN_CLASSES
+from kd_detectron.preflight.classes import UNKNOWN_CLASSES
+from kd_detectron.preflight.data import check_data
+from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
+from kd_detectron.preflight.resume import check_output_dir, check_same_lazy_run
 
 from .hooks import (
     DistillationSchedule,
@@ -47,7 +49,7 @@ from .hooks import (
     TeacherGuard,
     WriteResult,
 )
-from .main import check_data, check_output_dir, keep_run_config, start
+from .main import keep_run_config, start
 from .train_loop import DistillationTrainLoop
 from .trainer import distribute, forget_metrics_from, run_facts, shared_random_seed, unwrap
 

@@ -23,7 +23,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, hooks, launch
 from detectron2.evaluation import verify_results
-from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
@@ -40,16 +39,15 @@ from kd_detectron.config import find_config, get_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError
 from kd_detectron.modeling.teacher_loading import load_teacher
-from kd_detectron.preflight.checks_to_split import (
-    check_class_order,
-    check_meta_architecture,
-    check_same_run,
-    warn_of_pixel_statistics,
-)
-from kd_detectron.preflight.data import check_datasets
+from kd_detectron.preflight.classes import check_teacher_to_evaluate
+from kd_detectron.preflight.config import check_meta_architecture
+from kd_detectron.preflight.data import check_data
+from kd_detectron.preflight.evaluation import check_evaluation
+from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
+from kd_detectron.preflight.resume import check_output_dir, check_same_run
 
 from .hooks import Interrupted
-from .trainer import DistillationTrainer, check_evaluators, unwrap
+from .trainer import DistillationTrainer, unwrap
 
 logger = logging.getLogger("kd_detectron")
 
@@ -150,10 +148,9 @@ def run(args) -> None:
         cfg.MODEL.DEVICE = "cpu"
         print("MODEL.DEVICE is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
     check_meta_architecture(cfg)
-    check_augmentation(cfg)
     cfg.freeze()
     register_coco_format(cfg)
-    check_evaluators(cfg)
+    check_evaluation(cfg)
     if args.check:
         with tempfile.TemporaryDirectory() as folder:
             cfg.defrost()
@@ -184,30 +181,6 @@ def keep_run_config(cfg: CfgNode):
         path.write_bytes(before)
 
 
-def check_augmentation(cfg: CfgNode) -> None:
-    """Refuses, before training, test-time augmentation of a detector for which there is none."""
-    name = cfg.MODEL.META_ARCHITECTURE
-    if not cfg.TEST.AUG.ENABLED:
-        return
-    architecture = META_ARCH_REGISTRY.get(name)
-    if not issubclass(architecture, GeneralizedRCNN) or issubclass(architecture, PanopticFPN):
-        raise ConfigError(
-            f"TEST.AUG.ENABLED is True but MODEL.META_ARCHITECTURE is {name}, and Detectron2's "
-            "test-time augmentation is for the boxes and masks of R-CNN models; set "
-            "TEST.AUG.ENABLED False"
-        )
-
-
-def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:
-    """Refuses to train into a folder that holds another run."""
-    tag = os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")
-    if training and not resume and os.path.isfile(tag):
-        raise ConfigError(
-            f"OUTPUT_DIR '{cfg.OUTPUT_DIR}' already holds a run; give --resume to continue it, or "
-            "another OUTPUT_DIR"
-        )
-
-
 def train(cfg: CfgNode, *, resume: bool) -> None:
     """Trains, evaluates and exports the student of a config."""
     check_data(cfg)
@@ -219,17 +192,6 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
             [hooks.EvalHook(0, lambda: trainer.test_with_augmentation(cfg, trainer.model))]
         )
     trainer.train()
-
-
-def check_data(cfg: CfgNode, *, train: bool = True) -> None:
-    """Checks the datasets once, in the main process; the others wait for it."""
-    if comm.is_main_process():
-        summaries = check_datasets(cfg, train=train)
-        for summary in summaries.values():
-            logger.info("%s", summary)
-        if train:
-            check_class_order(cfg, summaries)
-    comm.synchronize()
 
 
 def log_start(trainer: DistillationTrainer) -> None:
@@ -278,8 +240,9 @@ def evaluate_student(cfg: CfgNode, *, resume: bool) -> dict:
 
 def evaluate_teacher(cfg: CfgNode) -> dict:
     """The teacher's AP on the student's test data, with the student's evaluator and image sizes."""
-    check_data(cfg, train=False)
+    summaries = check_data(cfg, train=False)
     model, input_format = load_teacher(cfg)
+    check_teacher_to_evaluate(cfg, summaries, model)
     teacher_cfg = cfg.clone()
     teacher_cfg.defrost()
     teacher_cfg.INPUT.FORMAT = input_format
@@ -293,10 +256,8 @@ def check(cfg: CfgNode) -> None:
     Raises:
         ConfigError: the first thing that would stop the training.
     """
-    summaries = check_datasets(cfg)
-    for summary in summaries.values():
+    for summary in check_data(cfg).values():
         print(f"data     {summary}")
-    check_class_order(cfg, summaries)
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=False)
     model = unwrap(trainer.model)

@@ -30,7 +30,7 @@ from kd_detectron.visualize.models import (
     check_classes,
     choose_records,
     dataset_records,
-    load_teacher_of_config,
+    load_configured_teacher,
     see_the_size_of,
 )
 from kd_detectron.visualize.predictions import draw_predictions
@@ -67,7 +67,7 @@ class TrainingPictures(HookBase):
                 self._ask_teacher()
 
     def _ask_teacher(self) -> None:
-        teacher = load_teacher_of_config(self._cfg)
+        teacher = load_configured_teacher(self._cfg)
         see_the_size_of(teacher, self._cfg)
         remembered = RememberedModel.of(teacher, self._records)
         try:

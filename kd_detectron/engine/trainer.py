@@ -7,7 +7,6 @@ bfloat16. The training step itself is ``DistilledRCNN.forward`` and ``train_loop
 """
 
 import glob
-import importlib.util
 import logging
 import os
 import secrets
@@ -15,7 +14,6 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
@@ -35,6 +33,8 @@ from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.data.loader import build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
+from kd_detectron.preflight.evaluation import evaluator_type
+from kd_detectron.runs.files import METRICS, parse_record
 
 from .hooks import (
     DistillationSchedule,
@@ -45,19 +45,11 @@ from .hooks import (
     StopOnSignal,
     TeacherGuard,
     WriteResult,
-    parse_record,
 )
 from .pictures import TrainingPictures
 from .train_loop import DistillationTrainLoop
 
 logger = logging.getLogger(__name__)
-
-EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc", "sem_seg")
-# What Detectron2's evaluators import when they run, and what to give to pip for it.
-_EVALUATION_PACKAGES = {
-    "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
-    "lvis": ("lvis", "lvis"),
-}
 
 
 class DistillationTrainer(DefaultTrainer):
@@ -145,7 +137,7 @@ class DistillationTrainer(DefaultTrainer):
         """The evaluators that a dataset's ``evaluator_type`` asks for, as in Detectron2's own tool.
 
         Raises:
-            ConfigError: as :func:`check_evaluators`.
+            ConfigError: as :func:`evaluator_type`.
         """
         kind = evaluator_type(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -170,34 +162,6 @@ class DistillationTrainer(DefaultTrainer):
         evaluators = [cls.build_evaluator(cfg, name, folder) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, unwrap(model)), evaluators)
         return {f"{key}_TTA": value for key, value in results.items()}
-
-
-def check_evaluators(cfg: CfgNode) -> None:
-    """Refuses, before training, test data that could not be evaluated after it.
-
-    Raises:
-        ConfigError: there is no evaluator for a dataset, or it needs a package that is missing.
-    """
-    for name in cfg.DATASETS.TEST:
-        if name in DatasetCatalog:
-            evaluator_type(name)
-
-
-def evaluator_type(dataset_name: str) -> str:
-    """The dataset's ``evaluator_type``, one of :data:`EVALUATOR_TYPES` that can be used here."""
-    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind not in EVALUATOR_TYPES:
-        raise ConfigError(
-            f"DATASETS.TEST names '{dataset_name}', whose evaluator type is '{kind}'; known are "
-            f"{', '.join(EVALUATOR_TYPES)}: override DistillationTrainer.build_evaluator for others"
-        )
-    package, source = _EVALUATION_PACKAGES.get(kind, (None, None))
-    if package is not None and importlib.util.find_spec(package) is None:
-        raise ConfigError(
-            f"DATASETS.TEST names '{dataset_name}' of evaluator type '{kind}', which Detectron2 "
-            f"evaluates with the package {package}, which is not installed: pip install {source}"
-        )
-    return kind
 
 
 def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
@@ -260,7 +224,7 @@ def run_facts(cfg: CfgNode, model, seed: int) -> dict:
 
 def forget_metrics_from(output_dir: str, iteration: int) -> None:
     """Cuts ``metrics.json`` at the first record of an iteration that will be run (again)."""
-    path = os.path.join(output_dir, "metrics.json")
+    path = os.path.join(output_dir, METRICS)
     if not comm.is_main_process() or not os.path.isfile(path):
         return
     kept = 0

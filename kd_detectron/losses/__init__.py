@@ -3,11 +3,13 @@
 from .bickd import bickd_loss
 from .ckd import ckd_loss
 from .contrastive import crd_loss, dcd_loss, supcon_loss
-from .features import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss
+from .features import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss, pkd_loss
+from .heads import box_kd_loss, mask_kd_loss, rpn_kd_loss
 from .logits import dkd_loss, kd_loss
 
 __all__ = [
     "bickd_loss",
+    "box_kd_loss",
     "ckd_loss",
     "crd_loss",
     "dcd_loss",
@@ -17,5 +19,8 @@ __all__ = [
     "fitnet_loss",
     "hcl_loss",
     "kd_loss",
+    "mask_kd_loss",
+    "pkd_loss",
+    "rpn_kd_loss",
     "supcon_loss",
 ]

@@ -32,9 +32,10 @@ def dcd_loss(
     """Contrastive + consistency_weight * consistency, mean over the proposals.
 
     With ``logits = cos(student, teacher) * clamp(exp(scale), 0, 10) + bias``, (R, R): the first is
-    the cross entropy of the rows against the diagonal; the second KL(p || q), p the softmax of the
-    rows and q that of the columns: what the student's proposal i sees in the teacher and what the
-    teacher's sees in the student should agree. It is 0 where the similarity is symmetric.
+    the cross entropy of the rows against the diagonal; the second KL(q || p), p the softmax of the
+    rows and q that of the columns, the direction of the authors' release: what the student's
+    proposal i sees in the teacher and what the teacher's sees in the student should agree. It is 0
+    where the similarity is symmetric.
 
     Args:
         student_embeddings, teacher_embeddings: (R, E).
@@ -49,7 +50,7 @@ def dcd_loss(
     logits = similarity * scale.exp().clamp(0, 10) + bias
     log_rows, log_columns = F.log_softmax(logits, dim=1), F.log_softmax(logits.T, dim=1)
     contrastive = mean_over_rows(-log_rows.diagonal())
-    divergence = F.kl_div(log_columns, log_rows, reduction="none", log_target=True).sum(dim=1)
+    divergence = F.kl_div(log_rows, log_columns, reduction="none", log_target=True).sum(dim=1)
     return contrastive + consistency_weight * mean_over_rows(divergence)
 
 

@@ -1,12 +1,13 @@
-"""Losses on feature maps: HCL (ReviewKD), FitNet's MSE and FGFI's masked imitation.
+"""Losses on feature maps: HCL (ReviewKD), FitNet's MSE, FGFI's masked imitation and PKD.
 
 Sources: "Distilling Knowledge via Knowledge Review" (ReviewKD, CVPR 2021, arXiv 2104.09044);
 "FitNets", arXiv 1412.6550; "Distilling Object Detectors with Fine-grained Feature Imitation"
-(FGFI, CVPR 2019, arXiv 1906.03609).
+(FGFI, CVPR 2019, arXiv 1906.03609); "PKD: General Distillation Framework for Object Detectors via
+Pearson Correlation Coefficient", NeurIPS 2022, arXiv 2207.02039.
 
 Shapes: N images, C channels; one (N, C, H, W) map a level, fine to coarse; A anchors a location,
 G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's channels by
-the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``.
+the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``; ``PKD`` compares them as they are.
 
 Difference from FGFI's single-map release: the mask and the loss are taken level by level, each
 with its own best anchors, and the levels' losses are added (``tests/losses/test_features.py``).
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 _POOL_SIZES = (4, 2, 1)
+# PKD's epsilon, 1e-6, squared: a channel of smaller variance is constant.
+_SMALLEST_VARIANCE = 1e-12
 
 
 def hcl_loss(
@@ -134,6 +137,42 @@ def fgfi_loss(
     for student, teacher, mask in zip(student_features, teacher_features, masks, strict=True):
         squared = (student.float() - teacher.detach().float()).square().sum(dim=1)
         total = total + (squared * mask).sum() / (2 * mask.sum().clamp(min=1))
+    return total
+
+
+def pkd_loss(
+    student_features: Sequence[torch.Tensor], teacher_features: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """PKD: 1 - Pearson's correlation of the two maps, mean over channels, summed over the levels.
+
+    That is half the mean squared difference of the maps whose channels were each normalised over
+    (N, H, W) to mean 0 and standard deviation 1. A constant channel is normalised to 0 and gets no
+    gradient.
+
+    Args:
+        student_features, teacher_features: (N, C, H, W) of each level. The teacher's are detached.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: the two sequences do not match in length or shapes.
+    """
+    _check_same_shapes(student_features, teacher_features)
+    total = 0.0
+    for student, teacher in zip(student_features, teacher_features, strict=True):
+        student, teacher = student.float(), teacher.detach().float()
+        student_var, student_mean = torch.var_mean(student, dim=(0, 2, 3), correction=0)
+        teacher_var, teacher_mean = torch.var_mean(teacher, dim=(0, 2, 3), correction=0)
+        # The student's mean need not be subtracted for the covariance, but keeps it precise.
+        student = student - student_mean.detach()[:, None, None]
+        covariance = (student * (teacher - teacher_mean[:, None, None])).mean(dim=(0, 2, 3))
+        varies = (student_var > _SMALLEST_VARIANCE, teacher_var > _SMALLEST_VARIANCE)
+        deviations = [v.clamp(min=_SMALLEST_VARIANCE).sqrt() for v in (student_var, teacher_var)]
+        pearson = covariance / (deviations[0] * deviations[1])
+        pearson = torch.where(varies[0] & varies[1], pearson, 0 * student_var)
+        # Of a constant map nothing is left but the other one's variance, 1.
+        total = total + ((varies[0].float() + varies[1].float()) / 2 - pearson).mean()
     return total
 
 

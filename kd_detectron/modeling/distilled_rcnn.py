@@ -24,7 +24,7 @@ from kd_detectron.context import DistillationContext, TeacherOutputs
 from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 
-from .build import build_distillers
+from .build import build_distillation
 from .frozen_teacher import FrozenTeacher, FrozenTeacherStep
 from .taps import StudentTaps
 
@@ -67,8 +67,11 @@ class DistillationMixin:
         weights = distillation_weights or {}
         if distillers and teacher is None:
             raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
-        if distillers and self.input_format is None:
-            raise ConfigError("input_format is None; give the student's, 'BGR' or 'RGB'")
+        if distillers and self.input_format not in ("BGR", "RGB"):
+            raise ConfigError(
+                f"INPUT.FORMAT of the student is {self.input_format}, from which the teacher's "
+                "images cannot be made; set it to 'BGR' or 'RGB'"
+            )
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
         self.distillation_weights = {name: weights.get(name, 1.0) for name in distillers}
@@ -83,7 +86,7 @@ class DistillationMixin:
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict:
         student = super().from_config(cfg)
-        return student | build_distillers(cfg, student)
+        return student | build_distillation(cfg, student)
 
     def forward(self, batched_inputs: list[dict]):
         if not self.training or not self.distillers:
@@ -91,7 +94,8 @@ class DistillationMixin:
 
         # To the GPU once, for student and teacher.
         batched_inputs = [x | {"image": x["image"].to(self.device)} for x in batched_inputs]
-        with StudentTaps(self, self.requires) as taps:
+        requires = self.requires if self.distillation_factor else frozenset()
+        with StudentTaps(self, requires) as taps:
             losses = super().forward(batched_inputs)
         return losses | self.distillation_losses(self._context(taps, batched_inputs), losses)
 
@@ -117,7 +121,7 @@ class DistillationMixin:
     ) -> dict[str, torch.Tensor]:
         """Each distiller's losses times its weight and the schedule's factor."""
         if self.distillation_factor == 0:
-            return self._zero_losses(next(iter(detector_losses.values())))
+            return self._zero_losses(context.student.features)
         losses = {}
         for name, distiller in self.distillers.items():
             scale = self.distillation_weights[name] * self.distillation_factor
@@ -130,11 +134,12 @@ class DistillationMixin:
                 losses[key] = value * scale
         return losses
 
-    def _zero_losses(self, like: torch.Tensor) -> dict[str, torch.Tensor]:
-        # The schedule is at zero: nothing is computed, but every distiller parameter still gets a
-        # (zero) gradient, since DistributedDataParallel waits for each of them.
-        zero = sum((p.sum() * 0 for p in self.distillers.parameters()), like.new_zeros(()))
-        return {"loss_distillation": zero}
+    def _zero_losses(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        # The schedule is at zero: nothing is computed, but every distiller parameter and every
+        # feature level still gets a (zero) gradient, since DistributedDataParallel waits for each
+        # parameter, and some levels may be read by distillation alone.
+        trained = [*self.distillers.parameters(), *(x[:, :1, :1, :1] for x in features.values())]
+        return {"loss_distillation": sum(x.sum() * 0 for x in trained)}
 
 
 @META_ARCH_REGISTRY.register()

@@ -50,11 +50,20 @@ class FrozenTeacher:
     """
 
     def __init__(self, model: nn.Module, input_format: str, *, amp: bool = True, name: str = ""):
+        if input_format not in ("BGR", "RGB"):
+            raise ConfigError(
+                f"INPUT.FORMAT of KD.TEACHER.CONFIG_FILE is {input_format!r}, but a teacher can be "
+                "shown 'BGR' and 'RGB' images only; choose a teacher that was trained on those"
+            )
         self.model = model.eval().requires_grad_(False)
         self.input_format = input_format
         self.amp = amp
         self.name = name or type(model).__name__
         self.num_parameters = sum(p.numel() for p in model.parameters())
+
+    def __deepcopy__(self, memo) -> "FrozenTeacher":
+        # It never changes, so a copy of the student may share it.
+        return self
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> "FrozenTeacher":

@@ -79,7 +79,8 @@ class StudentTaps:
 
     Args:
         model: the student.
-        requires: what to record, the union of the distillers' ``requires``; features always are.
+        requires: what to record, the union of the distillers' ``requires``; features and
+            proposal boxes, which cost nothing, always are.
 
     Attributes after the pass, as in ``DistillationContext``; None where not recorded:
         outputs: the student's tensors, with graph.
@@ -111,9 +112,10 @@ class StudentTaps:
         if "objectness" in requires:
             self._after(rpn_of(model).rpn_head, self._record_rpn)
             self._wrap(rpn_of(model), "label_and_sample_anchors", self._record_anchor_labels)
+        if box_head_of(model) is not None:
+            self._before(model.roi_heads.box_pooler, self._record_boxes)
         if requires & {"box_features", "logits", "box_deltas"} and box_head_of(model) is not None:
             heads = model.roi_heads
-            self._before(heads.box_pooler, self._record_boxes)
             self._after(heads.box_head, self._record_box_features)
             self._after(heads.box_predictor, self._record_box_predictions)
             self._after(heads, self._record_targets)

@@ -20,7 +20,7 @@ from detectron2.modeling import build_model
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.checkpoint import DistillationCheckpointer, refuse_misfit
 from kd_detectron.config import (
     add_kd_config,
     config_dir,
@@ -84,8 +84,8 @@ def find_teacher_config(name: str) -> str:
     """Returns the file that ``KD.TEACHER.CONFIG_FILE`` names: a path, a zoo or a bare name."""
     if not name:
         raise ConfigError(
-            "KD.TEACHER.CONFIG_FILE is empty but KD.DISTILLERS is not; name a model-zoo config, "
-            "e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml, or a path"
+            "KD.TEACHER.CONFIG_FILE is empty but KD.DISTILLERS or KD.TEACHER.INHERIT is not; name "
+            "a model-zoo config, e.g. COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml, or a path"
         )
     if os.path.isfile(name):
         return name
@@ -120,8 +120,20 @@ def teacher_weights(cfg: CfgNode, own: str) -> str:
     Args:
         cfg: the student's whole config.
         own: the weights that the teacher's config itself names.
+
+    Raises:
+        ConfigError: no trained weights are named, or two different ones.
     """
     weights = cfg.KD.TEACHER.WEIGHTS
+    opts = list(cfg.KD.TEACHER.OPTS)
+    for key, value in zip(opts[::2], opts[1::2], strict=False):
+        if key in ("MODEL.WEIGHTS", "train.init_checkpoint"):
+            if weights and weights != value:
+                raise ConfigError(
+                    f"KD.TEACHER.WEIGHTS is '{weights}' and {key} in KD.TEACHER.OPTS is '{value}'; "
+                    "give one of them"
+                )
+            weights = value
     if weights == RANDOM_WEIGHTS:
         logger.warning(
             "KD.TEACHER.WEIGHTS is 'none': the teacher has RANDOM weights. This is for tests and "
@@ -147,9 +159,18 @@ def build_teacher_model(teacher_cfg: CfgNode) -> nn.Module:
     """Builds the whole teacher and loads its checkpoint; never returns a half-loaded one.
 
     Raises:
-        ConfigError: the checkpoint is missing, unreadable, or has missing or unexpected keys.
+        ConfigError: the config names parts that do not exist or do not go together; the checkpoint
+            is missing, unreadable, or has missing or unexpected keys.
     """
-    model = build_model(teacher_cfg)
+    try:
+        model = build_model(teacher_cfg)
+    except (KeyError, AssertionError) as error:
+        # A name that is in no registry, or parts that do not go together.
+        raise ConfigError(
+            "the teacher of KD.TEACHER.CONFIG_FILE cannot be built "
+            f"({error.args[0] if error.args else error}); check its MODEL.META_ARCHITECTURE and "
+            "MODEL.BACKBONE.NAME, KD.TEACHER.OPTS, and that their code is imported (--import)"
+        ) from error
     load_teacher_weights(model, teacher_cfg.MODEL.WEIGHTS)
     return model
 
@@ -163,25 +184,10 @@ def load_teacher_weights(model: nn.Module, weights: str) -> None:
     if weights:
         checkpointer = DistillationCheckpointer(model, weights_key="KD.TEACHER.WEIGHTS")
         checkpointer.load(weights)
-        refuse_half_loaded(checkpointer.incompatible, weights)
-
-
-def refuse_half_loaded(incompatible, weights: str) -> None:
-    """Raises ConfigError if a checkpoint did not fit the teacher's config in every key."""
-    problems = []
-    reshaped = {name for name, *_ in incompatible.incorrect_shapes}
-    for what, keys in (
-        ("missing", set(incompatible.missing_keys) - reshaped),
-        ("unexpected", incompatible.unexpected_keys),
-        ("of another shape", reshaped),
-    ):
-        if keys:
-            shown = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
-            problems.append(f"{len(keys)} keys {what} ({shown})")
-    if problems:
-        raise ConfigError(
-            f"KD.TEACHER.WEIGHTS '{weights}' does not fit KD.TEACHER.CONFIG_FILE: "
-            f"{'; '.join(problems)}; give the checkpoint that was trained with that config"
+        refuse_misfit(
+            checkpointer.incompatible,
+            f"KD.TEACHER.WEIGHTS '{weights}' does not fit KD.TEACHER.CONFIG_FILE",
+            "give the checkpoint that was trained with that config",
         )
 
 

@@ -11,8 +11,6 @@ joined by "+" (the order in which the papers name their combinations), "baseline
 "R101-R18" is teacher-student, a run without a teacher is named by its student alone.
 """
 
-import json
-import logging
 import math
 import re
 from collections.abc import Mapping
@@ -21,9 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from kd_detectron.errors import ConfigError
-
-logger = logging.getLogger(__name__)
+from kd_detectron.runs.files import is_finished, read_config, read_metrics, read_result
 
 BASELINE = "baseline"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -95,19 +91,11 @@ def load_run(path: str | Path) -> Run:
         ConfigError: the folder or its ``config.yaml`` is missing, or a file in it is unreadable.
     """
     path = Path(path)
-    if not path.is_dir():
-        raise ConfigError(f"{path} is not a run folder: there is no such directory")
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{path} is not a run folder: it holds no config.yaml")
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path / 'config.yaml'} is not readable YAML: {error}") from error
-    if not isinstance(config, dict) or "MODEL" not in config:
-        raise ConfigError(f"{path / 'config.yaml'} is not a Detectron2 config: it has no MODEL")
-
-    history = read_metrics(path / "metrics.json")
-    record = _read_result(path / "result.json")
+    config = read_config(path)
+    history = metrics_by_iteration(path)
+    finished = is_finished(path)
+    # What a finished run reached says nothing of a run that was extended since.
+    record = read_result(path) if finished or not history else {}
     results = record.get("results") or _last_evaluation(history)
     names = distiller_names(config)
     return Run(
@@ -122,7 +110,7 @@ def load_run(path: str | Path) -> Run:
         iterations=record.get("iterations") or (max(history) + 1 if history else None),
         seconds=record.get("seconds"),
         seed=record.get("seed", config.get("SEED")),
-        finished=bool(record.get("finished", False)),
+        finished=finished,
     )
 
 
@@ -185,27 +173,15 @@ def teacher_name(config: Mapping) -> str:
     return stem or "unknown"
 
 
-def read_metrics(path: str | Path) -> dict[int, dict[str, float]]:
-    """Reads Detectron2's ``metrics.json``: metrics by iteration, in order of iteration.
+def metrics_by_iteration(folder: str | Path) -> dict[int, dict[str, float]]:
+    """Returns a run's metrics by iteration, in order of iteration.
 
-    Several lines of one iteration are merged, the later one wins: that is what a resumed run
-    leaves. A line that an interrupted run left half-written is skipped with a warning. A missing
-    file is a run that logged nothing yet.
+    Several records of one iteration are merged, the later one wins: that is what a resumed run
+    leaves.
     """
-    path = Path(path)
     history: dict[int, dict[str, float]] = {}
-    if not path.is_file():
-        return history
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-            iteration = int(values.pop("iteration"))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            logger.warning("%s, line %d is not a line of metrics and is skipped", path, number)
-            continue
-        history.setdefault(iteration, {}).update(values)
+    for record in read_metrics(folder):
+        history.setdefault(record.pop("iteration"), {}).update(record)
     return dict(sorted(history.items()))
 
 
@@ -233,21 +209,6 @@ def _without_missing(results: Mapping) -> dict[str, dict[str, float]]:
         if isinstance(results.get(task), Mapping)
     }
     return {task: metrics for task, metrics in kept.items() if metrics}
-
-
-def _read_result(path: Path) -> dict:
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(
-            f"{path} is not readable JSON ({error}); remove it to use the last evaluation in "
-            "metrics.json instead"
-        ) from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path} holds a {type(record).__name__}, not a JSON object")
-    return record
 
 
 def _is_number(value) -> bool:

@@ -26,6 +26,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import flatten
 from kd_detectron.runs.run import BASELINE, METRICS, TASKS, Run, distiller_names, load_run
 
 MISSING = "-"
@@ -246,7 +247,7 @@ def build_table(
     return ResultTable(rows, list(dict.fromkeys(notes)))
 
 
-def load_teacher(path: str | Path) -> TeacherResult:
+def load_teacher_result(path: str | Path) -> TeacherResult:
     """Reads a teacher's AP from a run folder or from a JSON file.
 
     Args:
@@ -321,15 +322,8 @@ def _experiment(run: Run) -> dict[str, str]:
         # An undistilled student is the same model under both meta-architectures.
         model["META_ARCHITECTURE"] = run.detector
     config["MODEL"] = model
-    return {key: value for key, value in _flatten(config) if key not in _NOT_THE_EXPERIMENT}
-
-
-def _flatten(config: Mapping, prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", str(value)
+    flat = flatten(config)
+    return {key: str(value) for key, value in flat.items() if key not in _NOT_THE_EXPERIMENT}
 
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:

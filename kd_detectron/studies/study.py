@@ -1,22 +1,10 @@
-"""A study: a list of runs through the ordinary trainer, then one table and the figures.
+"""Runs a study: its runs through the ordinary trainer, then one table and the figures.
 
-A study file (``configs/studies/*.yaml``) names an output folder and its runs, in order::
-
-    output: output/bccd_study
-    runs:
-      - {name: teacher, config: bccd/teacher_r50.yaml}
-      - {name: baseline, config: bccd/baseline_r18.yaml, seeds: [1, 2, 3]}
-      - {name: ckd, config: bccd/ckd_r18.yaml, seeds: [1, 2, 3], opts: [KD.CKD.WEIGHT, 0.1]}
-
-Each run is its own process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``;
-the first seeds of all runs come first, then the second ones.
-Finished runs (``result.json``) are skipped, interrupted ones resumed, failed ones named and left
-for the next start. ``{output}`` in an option stands for the study's folder, so that a student can
-name the teacher's checkpoint. ``--jobs N`` has N runs going at a time, in the file's order but for
-students, which wait for the run that makes their teacher. ``expected: FILE`` names the AP ranges
-that an earlier study reached (``--write-expected``); a finished run outside its range is named and
-makes the command fail. A file with ``part_of: STUDY``, ``only: [names]``, ``seeds: [numbers]`` is
-that part of another study, in the same folders: what one has finished the other skips.
+Each run of a study file (:mod:`kd_detectron.studies.study_file`, ``docs/studies.md``) is its own
+process and its own folder, ``<output>/<name>`` or ``<output>/<name>/seed<N>``; the first seeds of
+all runs come first, then the second ones. Finished runs are skipped, interrupted ones resumed,
+failed ones named and left for the next start. ``--jobs N`` has N runs going at a time, in the
+file's order but for students, which wait for the run that makes their teacher.
 """
 
 import argparse
@@ -26,22 +14,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from tqdm import tqdm
 
 from kd_detectron.commands import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
-from kd_detectron.config import config_dir, get_config
-from kd_detectron.engine.hooks import read_metrics
-from kd_detectron.errors import ConfigError, did_you_mean
-from kd_detectron.runs.run import Run, load_run
+from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import is_finished, read_metrics
 from kd_detectron.studies.expected import outside_expected, write_expected
 from kd_detectron.studies.report import TEACHER, write_report
+from kd_detectron.studies.study_file import Study, StudyRun, load_study
 
-STUDY_KEYS = {"output", "opts", "runs", "expected"}
-PART_KEYS = {"part_of", "only", "seeds", "output", "opts", "expected"}
 # glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
 # time on the CPU (docs/performance.md).
 KEEP_FREED_MEMORY = {
@@ -49,132 +32,6 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
-RUN_KEYS = {"name", "config", "seeds", "opts"}
-
-
-@dataclass
-class StudyRun:
-    """One training of a study.
-
-    Args:
-        name: what tables and figures call it.
-        config: a config by path or bare name.
-        folder: its output folder.
-        opts: KEY VALUE overrides.
-        max_iter: its iterations.
-        teacher_weights: the checkpoint that it distils from; empty where it does not distil.
-    """
-
-    name: str
-    config: str
-    folder: Path
-    opts: list = field(default_factory=list)
-    max_iter: int = 0
-    teacher_weights: str = ""
-
-    @property
-    def finished(self) -> bool:
-        return (self.folder / "result.json").is_file()
-
-    def iterations_done(self) -> int:
-        """Iterations so far, from the run's metrics."""
-        records = read_metrics(str(self.folder / "metrics.json"))
-        done = max((int(record["iteration"]) + 1 for record in records), default=0)
-        # The last evaluation is recorded one iteration after the last step.
-        return min(done, self.max_iter)
-
-
-@dataclass
-class Study:
-    """A study as read from its file."""
-
-    output: Path
-    runs: list[StudyRun]
-    expected: Path | None = None
-
-    def finished_runs(self) -> dict[str, list[Run]]:
-        """The results of the finished runs (seeds) by name."""
-        results: dict[str, list[Run]] = {}
-        for run in self.runs:
-            if run.finished:
-                results.setdefault(run.name, []).append(load_run(run.folder))
-        return results
-
-
-def load_study(file: str, output: str | None = None) -> Study:
-    """Reads and checks a study file, given as a path or by bare name.
-
-    Raises:
-        ConfigError: no such file, an unknown key, or a config that does not exist.
-    """
-    path, content = _read_study(file)
-    folder = Path(output or content["output"])
-    runs = []
-    for entry in content["runs"]:
-        for key in entry.keys() - RUN_KEYS:
-            raise ConfigError(
-                f"study '{file}': {key} is no key of a run{did_you_mean(key, RUN_KEYS)}"
-            )
-        opts = [str(o).replace("{output}", str(folder)) for o in content.get("opts", [])]
-        opts += [str(o).replace("{output}", str(folder)) for o in entry.get("opts", [])]
-        for turn, seed in enumerate(entry.get("seeds", [None])):
-            run = StudyRun(
-                name=entry["name"],
-                config=entry["config"],
-                folder=folder / entry["name"] / ("" if seed is None else f"seed{seed}"),
-                opts=[*opts, *([] if seed is None else ["SEED", str(seed)])],
-            )
-            cfg = get_config(run.config, run.opts)
-            run.max_iter = cfg.SOLVER.MAX_ITER
-            if cfg.KD.ENABLED and cfg.KD.DISTILLERS:
-                run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
-            runs.append((turn, run))
-    # Every run's first seed, then the second ones: a study that is stopped has a whole table.
-    runs = [run for _, run in sorted(runs, key=lambda pair: pair[0])]
-    expected = path.parent / content["expected"] if "expected" in content else None
-    if expected and not expected.is_file():
-        raise ConfigError(f"study '{file}': expected is {expected}, which is not there")
-    return Study(folder, runs, expected)
-
-
-def _read_study(file: str) -> tuple[Path, dict]:
-    """The path and content of a study file; of a part of a study, those of the whole, cut down."""
-    path = Path(file)
-    if not path.is_file():
-        path = config_dir() / "studies" / file
-    if not path.is_file():
-        known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
-        raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known_keys = PART_KEYS if "part_of" in content else STUDY_KEYS
-    for key in content.keys() - known_keys:
-        raise ConfigError(f"study '{file}' has an unknown key {key}{did_you_mean(key, known_keys)}")
-    if "part_of" not in content:
-        return path, content
-    whole_path, whole = _read_study(content["part_of"])
-    for key in ("opts", "expected"):
-        if key in content and "output" not in content:
-            raise ConfigError(
-                f"study '{file}' has {key} but no output, so its runs would be those of "
-                f"{whole_path}; give it an output folder of its own"
-            )
-    names = [entry["name"] for entry in whole["runs"]]
-    only = content.get("only", names)
-    for name in only:
-        if name not in names:
-            raise ConfigError(
-                f"study '{file}': {name} is no run of {whole_path}{did_you_mean(name, names)}"
-            )
-    runs = [dict(entry) for entry in whole["runs"] if entry["name"] in only]
-    for entry in runs:
-        if "seeds" in entry and "seeds" in content:
-            entry["seeds"] = [seed for seed in entry["seeds"] if seed in content["seeds"]]
-        entry["opts"] = [*entry.get("opts", []), *content.get("opts", [])]
-    if "output" not in content:
-        return whole_path, whole | {"runs": runs}
-    # Runs of their own: the whole's expected ranges are not theirs.
-    own = {key: content[key] for key in ("output", "expected") if key in content}
-    return path, {"opts": whole.get("opts", []), **own, "runs": runs}
 
 
 def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
@@ -283,7 +140,7 @@ class _ActiveRun:
     def poll(self) -> int | None:
         """Moves the progress bar on; returns the exit code, None while the process runs."""
         code = self._process.poll()
-        records = read_metrics(str(self.run.folder / "metrics.json"))
+        records = read_metrics(self.run.folder)
         if records:
             self._bar.update(self.run.iterations_done() - self._bar.n)
             aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
@@ -329,7 +186,7 @@ def teacher_of_others(study: Study) -> Path | None:
     """The folder of the one finished run whose weights teach all distilled runs, if that is so."""
     folders = {Path(run.teacher_weights).parent for run in study.runs if run.teacher_weights}
     folder = folders.pop() if len(folders) == 1 else None
-    return folder if folder and (folder / "result.json").is_file() else None
+    return folder if folder and is_finished(folder) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,16 +22,16 @@ from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
-from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.checkpoint import DistillationCheckpointer, refuse_misfit
 from kd_detectron.config import get_config, load_run_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.taps import box_head_of
 from kd_detectron.modeling.teacher_loading import build_teacher_model, load_teacher, teacher_config
+from kd_detectron.preflight.classes import check_number_of_classes
+from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
 from kd_detectron.runs.run import TASKS, Run, backbone_name, load_run
 
-# What a run leaves, the best first.
-_CHECKPOINTS = ("student_final.pth", "model_final.pth")
 _TEACHER = "teacher "
 
 
@@ -166,7 +166,7 @@ class BoxClassifier(nn.Module):
         return list(self.levels)[int(index[0])]
 
 
-def load_student(run_folder: str | Path, *, label: str = "", weights: str = "") -> LoadedModel:
+def load_run_student(run_folder: str | Path, *, label: str = "", weights: str = "") -> LoadedModel:
     """Loads the student of a run folder.
 
     Args:
@@ -179,12 +179,12 @@ def load_student(run_folder: str | Path, *, label: str = "", weights: str = "") 
     """
     run = load_run(run_folder)
     cfg = load_run_config(run_folder)
-    weights = weights or _last_checkpoint(run.path)
+    weights = weights or _checkpoint_of(run.path)
     label = label or f"{run.method} {run.student}"
     return LoadedModel(label, _build(cfg, weights), cfg, _ap_text(run))
 
 
-def load_teacher_of(run_folder: str | Path, *, label: str = "") -> LoadedModel:
+def load_run_teacher(run_folder: str | Path, *, label: str = "") -> LoadedModel:
     """Loads the teacher that a run's config names in ``KD.TEACHER``.
 
     Raises:
@@ -192,7 +192,7 @@ def load_teacher_of(run_folder: str | Path, *, label: str = "") -> LoadedModel:
     """
     cfg = load_run_config(run_folder)
     cfg.MODEL.DEVICE = _device(cfg)
-    return load_teacher_of_config(cfg, label=label)
+    return load_configured_teacher(cfg, label=label)
 
 
 def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
@@ -211,11 +211,11 @@ def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
     cfg = get_config("baseline_rcnn_r18.yaml")
     cfg.MODEL.DEVICE = _device(cfg)
     cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = config, weights
-    loaded = load_teacher_of_config(cfg, label=label)
+    loaded = load_configured_teacher(cfg, label=label)
     return loaded if label else replace(loaded, label=loaded.label.removeprefix(_TEACHER))
 
 
-def load_teacher_of_config(cfg: CfgNode, *, label: str = "") -> LoadedModel:
+def load_configured_teacher(cfg: CfgNode, *, label: str = "") -> LoadedModel:
     """Loads the whole teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``.
 
     Args:
@@ -270,14 +270,14 @@ def load_models(
     if with_teacher and teacher is not None:
         if Path(teacher).is_dir():
             name = f"teacher {load_run(teacher).student}"
-            models.append(load_student(teacher, label=name, weights=teacher_weights))
+            models.append(load_run_student(teacher, label=name, weights=teacher_weights))
         else:
             models.append(load_detector(str(teacher), teacher_weights, label="teacher"))
     elif with_teacher:
         distilled = [folder for folder in run_folders if load_run(folder).teacher]
-        models += [load_teacher_of(folder) for folder in distilled[:1]]
+        models += [load_run_teacher(folder) for folder in distilled[:1]]
     pairs = zip(run_folders, labels, strict=True)
-    students = [load_student(folder, label=label) for folder, label in pairs]
+    students = [load_run_student(folder, label=label) for folder, label in pairs]
     for model in models:
         see_the_size_of(model, students[-1].cfg)
     return models + students
@@ -347,13 +347,7 @@ def check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:
     Raises:
         ConfigError: naming both numbers.
     """
-    heads = getattr(model.model, "roi_heads", model.model)
-    count = getattr(heads, "num_classes", len(class_names))
-    if count != len(class_names):
-        raise ConfigError(
-            f"{model.label} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset "
-            f"has {len(class_names)}; name the dataset that it was trained for"
-        )
+    check_number_of_classes(model.label, model.model, class_names)
 
 
 def read_rgb(record: dict):
@@ -369,13 +363,11 @@ def _build(cfg: CfgNode, weights: str) -> nn.Module:
     model = build_model(cfg).eval()
     checkpointer = DistillationCheckpointer(model)
     checkpointer.load(weights)
-    missing = [*checkpointer.incompatible.missing_keys]
-    missing += [shape[0] for shape in checkpointer.incompatible.incorrect_shapes]
-    if missing:
-        raise ConfigError(
-            f"the checkpoint {weights} does not fit the run's config.yaml: {len(missing)} weights "
-            f"are missing or of another shape, the first is {sorted(missing)[0]}"
-        )
+    refuse_misfit(
+        checkpointer.incompatible,
+        f"the checkpoint {weights} does not fit the run's config.yaml",
+        "name another checkpoint, or the run's own config.yaml",
+    )
     return model
 
 
@@ -397,14 +389,14 @@ def _device(cfg: CfgNode) -> str:
     return cfg.MODEL.DEVICE if torch.cuda.is_available() else "cpu"
 
 
-def _last_checkpoint(folder: Path) -> str:
-    for name in _CHECKPOINTS:
+def _checkpoint_of(folder: Path) -> str:
+    for name in FINAL_CHECKPOINTS:
         if (folder / name).is_file():
             return str(folder / name)
-    tag = folder / "last_checkpoint"
-    if tag.is_file():
-        return str(folder / tag.read_text(encoding="utf-8").strip())
-    raise ConfigError(
-        f"the run folder {folder} holds no checkpoint: no {' or '.join(_CHECKPOINTS)} and no "
-        "last_checkpoint"
-    )
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is None:
+        raise ConfigError(
+            f"the run folder {folder} holds no checkpoint: no {' or '.join(FINAL_CHECKPOINTS)} "
+            f"and no {LAST_CHECKPOINT}"
+        )
+    return str(checkpoint)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from kd_detectron.data import SYNTHETIC_CLASSES, check_coco_files, make_synthetic
+from kd_detectron.data import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.data import synthetic as synthetic_module
 from kd_detectron.data.synthetic import render
 from kd_detectron.errors import ConfigError
+from kd_detectron.preflight.annotations import check_coco_files
 
 SMALL = {"num_train": 4, "num_val": 2, "image_size": (64, 96)}
 SCRIPT = Path(__file__).parents[2] / "datasets" / "make_synthetic.py"

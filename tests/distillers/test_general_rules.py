@@ -14,7 +14,21 @@ from kd_detectron.distillers import DISTILLER_REGISTRY
 NAMES = sorted(
     name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron.")
 )
-PARTS = ("features", "logits", "box_features")
+# What a distiller that requires a part may read.
+PARTS = {
+    "features": ["features"],
+    "logits": ["logits"],
+    "box_features": ["box_features"],
+    "objectness": ["objectness", "anchor_deltas"],
+    "box_deltas": ["box_deltas"],
+    "mask_logits": ["mask_logits"],
+}
+OF_THE_CONTEXT = {
+    "anchors": ["anchors"],
+    "objectness": ["anchor_labels"],
+    "box_deltas": ["box_targets"],
+    "mask_logits": ["mask_classes"],
+}
 
 every_distiller = pytest.mark.parametrize("name", NAMES)
 
@@ -25,13 +39,18 @@ def only_loss(losses):
 
 
 def tensors(side):
-    return [side.logits, side.box_features, *side.features.values()]
+    parts = vars(side).values()
+    return [t for part in parts for t in (part.values() if isinstance(part, dict) else [part])]
 
 
 def tensors_read(distiller, side):
     """Those tensors of one model that the distiller declares to read."""
-    parts = [getattr(side, part) for part in PARTS if part in distiller.requires]
-    return [t for part in parts for t in (part.values() if isinstance(part, dict) else [part])]
+    return tensors(SimpleNamespace(**declared(distiller, side, PARTS)))
+
+
+def declared(distiller, side, parts):
+    names = [name for part in distiller.requires for name in parts.get(part, [])]
+    return {name: getattr(side, name) for name in names}
 
 
 def check_gradients(distiller, context, loss):
@@ -45,7 +64,8 @@ def check_gradients(distiller, context, loss):
 
 def test_all_methods_of_the_project_are_registered():
     assert NAMES == [
-        "BicKD", "CKD", "CRD", "DCD", "DKD", "FGFI", "FitNet", "KD", "ReviewKD", "SupCon",
+        "BicKD", "BoxKD", "CKD", "CRD", "DCD", "DKD", "FGFI", "FitNet", "KD", "MaskKD", "PKD",
+        "RPNKD", "ReviewKD", "SupCon",
     ]  # fmt: skip
 
 
@@ -74,11 +94,11 @@ def test_distiller_reads_only_the_parts_that_it_requires(name, make_distiller, m
     distiller, context = make_distiller(name), make_context()
     expected = only_loss(make_distiller(name)(context))
     for model in ("student", "teacher"):
-        side = getattr(context, model)
-        declared = {part: getattr(side, part) for part in PARTS if part in distiller.requires}
-        setattr(context, model, SimpleNamespace(**declared))
-    if "anchors" not in distiller.requires:
-        del context.anchors
+        read = declared(distiller, getattr(context, model), PARTS)
+        setattr(context, model, SimpleNamespace(**read))
+    for names in OF_THE_CONTEXT.values():
+        for name in set(names) - set(declared(distiller, context, OF_THE_CONTEXT)):
+            delattr(context, name)
     assert torch.equal(only_loss(distiller(context)), expected)
 
 
@@ -128,7 +148,7 @@ def test_no_proposals_give_a_zero_that_leaves_no_parameter_without_gradient(
     distiller, context = make_distiller(name), make_context(proposals=(0, 0))
     loss = only_loss(distiller(context))
     assert torch.isfinite(loss) and loss.requires_grad
-    if "features" not in distiller.requires:
+    if not distiller.requires & {"features", "objectness"}:
         assert loss == 0
     check_gradients(distiller, context, loss)
 

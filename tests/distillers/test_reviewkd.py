@@ -77,7 +77,7 @@ def reference_fuse(model, features):
 
 def make_model(seed=0):
     torch.manual_seed(seed)
-    model = ReviewKD(IN, OUT, MID)
+    model = ReviewKD(IN, OUT, mid_channels=MID)
     for module in model.modules():  # so that gains and shifts of the normalisation matter
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 2)
@@ -108,7 +108,7 @@ def test_fusion_of_odd_sizes_follows_the_paper():
 
 
 def test_fusion_of_one_level_has_no_attention():
-    model = ReviewKD([3], [6], 8)
+    model = ReviewKD([3], [6], mid_channels=8)
     features = [torch.randn(2, 3, 5, 7)]
     (fused,), (expected,) = model.fuse(features), reference_fuse(model, features)
     torch.testing.assert_close(fused, expected, rtol=1e-4, atol=1e-4)
@@ -155,7 +155,7 @@ def test_every_layer_runs_once_a_step():
 
 
 def test_one_image_whose_coarsest_map_is_one_location_trains():
-    model = ReviewKD([3, 3], [4, 4], 8)
+    model = ReviewKD([3, 3], [4, 4], mid_channels=8)
     context = make_context((3, 3), (4, 4), ((2, 2), (1, 1)), images=1)
     loss = model(context)["loss_reviewkd"]
     assert torch.isfinite(loss)
@@ -182,13 +182,15 @@ def test_autocast_and_16_bit_features_stay_in_float32():
         assert torch.equal(a, b)
 
 
-def test_convolutions_start_as_the_paper_says():
+def test_convolutions_start_as_in_the_release():
     torch.manual_seed(0)
-    for module in ReviewKD([64] * 2, [64] * 2, 64).modules():
+    for name, module in ReviewKD([64] * 2, [64] * 2, mid_channels=64).named_modules():
         if isinstance(module, torch.nn.Conv2d):
-            # kaiming_uniform with a = 1: uniform within sqrt(6 / ((1 + a^2) * fan_in))
+            # kaiming_uniform: uniform within sqrt(6 / ((1 + a^2) * fan_in)); a = 1, but PyTorch's
+            # default, sqrt(5), in the attention.
+            a = 5**0.5 if "attention" in name else 1
             fan_in = module.weight[0].numel()
-            bound = (3 / fan_in) ** 0.5
+            bound = (6 / ((1 + a**2) * fan_in)) ** 0.5
             assert module.weight.abs().max() <= bound
             assert module.weight.abs().max() > 0.9 * bound
 
@@ -218,7 +220,7 @@ def test_levels_that_the_teacher_lacks_are_refused():
 @pytest.mark.parametrize("mid_channels", [0, -8, 2.5])
 def test_impossible_width_is_refused_by_its_config_key(mid_channels):
     with pytest.raises(ConfigError, match="KD.REVIEWKD.MID_CHANNELS"):
-        ReviewKD([3], [3], mid_channels)
+        ReviewKD([3], [3], mid_channels=mid_channels)
 
 
 @pytest.mark.parametrize("images", [1, 2])

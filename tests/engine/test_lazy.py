@@ -27,7 +27,7 @@ from kd_detectron.engine.lazy import (
     plain,
 )
 from kd_detectron.errors import ConfigError
-from kd_detectron.preflight.data import UNKNOWN_CLASSES
+from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 
 EXAMPLE = config_dir() / "lazy" / "ckd_reviewkd_rcnn_r101_r18.py"
 

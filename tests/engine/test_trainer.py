@@ -247,7 +247,9 @@ def arguments(cfg, tmp_path):
     return ["--config-file", str(path)]
 
 
-@pytest.mark.parametrize("starter", ["detectron2", "torchrun"])
+@pytest.mark.parametrize(
+    "starter", ["detectron2", pytest.param("torchrun", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_a_distilled_step(tmp_path, dataset, starter):
     """DistributedDataParallel waits for every parameter: one left out would be an error."""
     opts = ["SOLVER.MAX_ITER", 2, "KD.DISTILLERS", ["CKD", "ReviewKD", "DKD", "FitNet"]]

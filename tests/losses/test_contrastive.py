@@ -60,7 +60,7 @@ def test_dcd_is_the_two_loop_reference(log_scale):
         for j in range(R):
             p = math.exp(logits[i][j]) / row_sums[i]
             q = math.exp(logits[j][i]) / column_sums[i]
-            divergence += p * math.log(p / q)
+            divergence += q * math.log(q / p)  # the direction of the release
     loss = dcd_loss(
         student, teacher, torch.tensor(log_scale), torch.tensor(0.7), consistency_weight=0.3
     )

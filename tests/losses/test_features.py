@@ -1,9 +1,11 @@
-"""HCL, FitNet's and FGFI's losses against slow references, and FGFI's mask by hand."""
+"""HCL, FitNet's, FGFI's and PKD's losses against slow references, and FGFI's mask by hand."""
+
+import math
 
 import pytest
 import torch
 
-from kd_detectron.losses import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss
+from kd_detectron.losses import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss, pkd_loss
 
 ODD_SIZES = ((7, 9), (5, 5), (3, 4), (2, 3), (1, 1))
 
@@ -174,6 +176,7 @@ def all_losses(student, teacher):
         "hcl": hcl_loss(student, teacher),
         "fitnet": fitnet_loss(student, teacher),
         "fgfi": fgfi_loss(student, teacher, masks),
+        "pkd": pkd_loss(student, teacher),
     }
 
 
@@ -197,8 +200,76 @@ def test_16_bit_maps_of_large_values_give_finite_float32_losses(dtype):
 
 
 def test_maps_of_different_shapes_are_refused_rather_than_broadcast():
-    for loss in (hcl_loss, fitnet_loss):
+    for loss in (hcl_loss, fitnet_loss, pkd_loss):
         with pytest.raises(ValueError, match="same levels and shapes"):
             loss([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 1)])
         with pytest.raises(ValueError, match="same levels and shapes"):
             loss([torch.zeros(1, 2, 4, 4)] * 2, [torch.zeros(1, 2, 4, 4)])
+
+
+# ---- PKD ----
+
+
+def reference_pkd(student, teacher):
+    """Half the mean squared difference of channels normalised over images and locations."""
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        level = 0.0
+        for channel in range(s.shape[1]):
+            normalised = []
+            for maps_ in (s, t):
+                values = maps_[:, channel].flatten().tolist()
+                mean = sum(values) / len(values)
+                deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+                normalised.append([(v - mean) / (deviation + 1e-6) for v in values])
+            squares = [(a - b) ** 2 for a, b in zip(*normalised, strict=True)]
+            level += sum(squares) / len(squares) / 2
+        total += level / s.shape[1]
+    return total
+
+
+def test_pkd_is_half_the_error_of_normalised_channels():
+    # The coarsest level has two values per channel: whatever they are, the maps agree or not.
+    student, teacher = maps(0), maps(1)
+    expected = reference_pkd(student, teacher)
+    assert pkd_loss(student, teacher).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_pkd_is_one_minus_the_correlation():
+    student, teacher = maps(0)[:1], maps(1)[:1]
+    rows = [x[0].transpose(0, 1).flatten(1) for x in (student, teacher)]
+    correlations = [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*rows, strict=True)]
+    expected = 1 - torch.stack(correlations).mean()
+    torch.testing.assert_close(pkd_loss(student, teacher), expected)
+
+
+def test_pkd_does_not_see_scale_and_offset_of_a_channel():
+    student, teacher = maps(0)[:3], maps(1)[:3]
+    scale = torch.tensor([0.01, 3.0, 700.0])[:, None, None]
+    moved = [x * scale + 10 * scale for x in student]
+    torch.testing.assert_close(
+        pkd_loss(moved, teacher), pkd_loss(student, teacher), rtol=1e-4, atol=0
+    )
+    assert pkd_loss(moved, student).abs() < 1e-5
+    assert pkd_loss([-x for x in student], student).item() == pytest.approx(2 * 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("constant", ["student", "teacher", "both"])
+def test_pkd_of_a_constant_channel_is_finite_and_gives_it_no_gradient(constant):
+    student, teacher = maps(0)[:1], maps(1)[:1]
+    for name, (side,) in (("student", student), ("teacher", teacher)):
+        if constant in (name, "both"):
+            side[:, 1] = 5.0
+    student[0].requires_grad_()
+    loss = pkd_loss(student, teacher)
+    loss.backward()
+    assert loss.item() == pytest.approx(reference_pkd(student, teacher), rel=1e-4)
+    gradient = student[0].grad.abs().sum(dim=(0, 2, 3))
+    assert gradient[1] < 1e-6 and gradient[0] > 0 and student[0].grad.isfinite().all()
+
+
+def test_pkd_of_one_location_in_one_image_is_a_zero_with_a_graph():
+    student = [torch.randn(1, 3, 1, 1, requires_grad=True)]
+    loss = pkd_loss(student, [torch.randn(1, 3, 1, 1)])
+    loss.backward()
+    assert loss == 0 and torch.equal(student[0].grad, torch.zeros(1, 3, 1, 1))

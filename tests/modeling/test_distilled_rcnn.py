@@ -1,5 +1,6 @@
 """The meta-architecture: it is the student, the teacher stands outside, and no layer runs twice."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -13,7 +14,6 @@ from tiny import distilled_cfg, tiny_batch, tiny_cfg, write_tiny_teacher
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import DistilledRCNN, FrozenTeacher
-from kd_detectron.modeling.teacher_loading import load_teacher
 
 
 def train_step(model, batch, seed=3):
@@ -264,6 +264,39 @@ def test_schedule_at_zero_runs_no_teacher_and_leaves_no_parameter_without_gradie
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_level_read_by_distillation_alone_gets_a_gradient_also_when_the_schedule_ended(tmp_path):
+    # DistributedDataParallel waits for each parameter, here for those of fpn_output2.
+    levels = ["p3", "p4", "p5", "p6"]
+    opts = ["MODEL.RPN.IN_FEATURES", levels, "MODEL.ROI_HEADS.IN_FEATURES", levels[:-1]]
+    opts += ["MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128]]]
+    model = build(distilled_cfg(tmp_path, ["ReviewKD"], opts))
+    for factor in (1.0, 0.0):
+        model.zero_grad()
+        model.distillation_factor = factor
+        train_step(model, tiny_batch())
+        assert [name for name, p in model.named_parameters() if p.grad is None] == []
+
+
+def test_copy_of_the_student_shares_the_teacher(tmp_path):
+    model = build(distilled_cfg(tmp_path))
+    copied = copy.deepcopy(model)
+    assert copied.teacher is model.teacher
+    batch = tiny_batch()
+    expected, actual = train_step(model, batch), train_step(copied, batch)
+    assert {k: v.item() for k, v in actual.items()} == {k: v.item() for k, v in expected.items()}
+
+
+def test_only_the_devices_random_state_that_is_used_is_forked(tmp_path, monkeypatch):
+    # fork_rng() without devices forks all of them, and warns where there are several.
+    forked = []
+    original = torch.random.fork_rng
+    monkeypatch.setattr(
+        torch.random, "fork_rng", lambda *a, **kw: forked.append(kw) or original(*a, **kw)
+    )
+    build(distilled_cfg(tmp_path))
+    assert forked == [{"devices": []}]
+
+
 def test_weights_and_schedule_scale_the_losses(tmp_path):
     batch = tiny_batch()
     model = build(distilled_cfg(tmp_path, opts=["KD.CKD.WEIGHT", 1.0]))
@@ -308,6 +341,94 @@ def test_weights_and_schedule_scale_the_losses(tmp_path):
                                  "MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]]],
             ["levels", "p2 (stride 4)", "p7 (stride 128)"],
         ),
+        (
+            ["KD.DISTILLERS", ["PKD"]],
+            ["PKD", "MODEL.FPN.OUT_CHANNELS", "[32, 32, 32, 32, 32]", "[40, 40, 40, 40, 40]"],
+        ),
+        (
+            ["KD.DISTILLERS", ["RPNKD"],
+             "KD.TEACHER.OPTS", ["MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64], [99]]]],
+            ["RPNKD", "anchors of p6", "128x128", "99x99", "MODEL.ANCHOR_GENERATOR"],
+        ),
+        (
+            ["KD.DISTILLERS", ["RPNKD"],
+             "KD.TEACHER.OPTS", ["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[1.0]]]],
+            ["RPNKD", "anchors of p2", "11x6, 8x8, 6x11", "for the student and 8x8"],
+        ),
+        (
+            ["KD.DISTILLERS", ["RPNKD"],
+             "KD.TEACHER.OPTS", ["MODEL.RPN.IN_FEATURES", ["p2", "p3", "p4", "p5"],
+                                 "MODEL.ANCHOR_GENERATOR.SIZES", [[8], [16], [32], [64]]]],
+            ["RPNKD", "anchors of p6", "not there", "MODEL.RPN.IN_FEATURES"],
+        ),
+        (
+            ["KD.DISTILLERS", ["RPNKD"],
+             "KD.TEACHER.OPTS", ["MODEL.RPN.BBOX_REG_WEIGHTS", (2.0, 2.0, 1.0, 1.0)]],
+            ["RPNKD", "BBOX_REG_WEIGHTS", "(1.0, 1.0, 1.0, 1.0)", "(2.0, 2.0, 1.0, 1.0)"],
+        ),
+        (
+            ["KD.DISTILLERS", ["RPNKD"],
+             "KD.TEACHER.OPTS", ["MODEL.META_ARCHITECTURE", "ProposalNetwork",
+                                 "MODEL.PROPOSAL_GENERATOR.NAME", "PrecomputedProposals"]],
+            ["RPNKD", "teacher has no RPN", "MODEL.PROPOSAL_GENERATOR.NAME"],
+        ),
+        (
+            ["KD.DISTILLERS", ["BoxKD"],
+             "KD.TEACHER.OPTS", ["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)]],
+            ["BoxKD", "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", "(10.0, 10.0, 5.0, 5.0)"],
+        ),
+        (
+            ["KD.DISTILLERS", ["BoxKD"], "KD.TEACHER.OPTS", ["MODEL.ROI_HEADS.NUM_CLASSES", 5]],
+            ["BoxKD", "NUM_CLASSES", "3", "5", "class by class"],
+        ),
+        (
+            ["KD.DISTILLERS", ["MaskKD"], "KD.TEACHER.OPTS", ["MODEL.MASK_ON", True]],
+            ["MaskKD", "the student has no mask head", "MODEL.MASK_ON"],
+        ),
+        (
+            ["KD.DISTILLERS", ["MaskKD"], "MODEL.MASK_ON", True],
+            ["MaskKD", "the teacher has no mask head", "MODEL.MASK_ON"],
+        ),
+        (
+            ["KD.DISTILLERS", ["MaskKD"], "MODEL.MASK_ON", True,
+             "KD.TEACHER.OPTS", ["MODEL.MASK_ON", True,
+                                 "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7]],
+            ["MaskKD", "MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", "(14, 14)", "(7, 7)"],
+        ),
+        (
+            ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True],
+            ["CKD", "USE_SIGMOID_CE is True for the student", "background"],
+        ),
+        (
+            ["KD.TEACHER.OPTS", ["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True]],
+            ["CKD", "USE_SIGMOID_CE is True for the teacher", "background"],
+        ),
+        (
+            ["KD.DISTILLERS", ["FGFI"], "MODEL.RPN.IN_FEATURES", ["p3", "p4", "p5", "p6"],
+             "MODEL.ANCHOR_GENERATOR.SIZES", [[16], [32], [64], [128]]],
+            ["FGFI", "MODEL.RPN.IN_FEATURES", "['p2'] have no anchors"],
+        ),
+        (["INPUT.FORMAT", "L"], ["INPUT.FORMAT", "student is L", "BGR"]),
+        (
+            ["KD.TEACHER.OPTS", ["INPUT.FORMAT", "YUV-BT.601"]],
+            ["INPUT.FORMAT", "KD.TEACHER.CONFIG_FILE", "YUV-BT.601", "BGR"],
+        ),
+        (
+            ["KD.TEACHER.OPTS", ["MODEL.META_ARCHITECTURE", "GeneralisedRCNN"]],
+            ["KD.TEACHER", "GeneralisedRCNN", "META_ARCH", "--import"],
+        ),
+        (
+            ["KD.TEACHER.OPTS", ["MODEL.BACKBONE.NAME", "build_resnet"]],
+            ["KD.TEACHER", "build_resnet", "BACKBONE", "--import"],
+        ),
+        (
+            ["KD.TEACHER.OPTS", ["MODEL.WEIGHTS", "gone.pth"], "KD.TEACHER.WEIGHTS", ""],
+            ["gone.pth"],
+        ),
+        (
+            ["KD.TEACHER.OPTS", ["MODEL.WEIGHTS", "a.pth"], "KD.TEACHER.WEIGHTS", "b.pth"],
+            ["KD.TEACHER.WEIGHTS is 'b.pth'", "KD.TEACHER.OPTS is 'a.pth'"],
+        ),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_sentence(tmp_path, opts, words):
@@ -348,39 +469,3 @@ def test_matching_teacher_checkpoint_is_loaded(tmp_path):
     expected, actual = (x.model.roi_heads.state_dict() for x in (trained, teacher))
     for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
-
-
-ALIKE = ["KD.TEACHER.OPTS", ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 48]]
-
-
-def test_inherited_parts_start_as_the_teachers_and_the_others_as_without(tmp_path):
-    teacher = load_teacher(distilled_cfg(tmp_path, opts=ALIKE))[0].state_dict()
-    torch.save({"model": teacher}, tmp_path / "teacher.pth")
-    weights = ["KD.TEACHER.WEIGHTS", str(tmp_path / "teacher.pth")]
-
-    def student(opts):
-        torch.manual_seed(0)
-        model = build_model(distilled_cfg(tmp_path, opts=[*ALIKE, *weights, *opts]))
-        return model, {k: v for k, v in model.state_dict().items() if "distillers" not in k}
-
-    _, before = student([])
-    model, after = student(["KD.TEACHER.INHERIT", ["proposal_generator", "roi_heads"]])
-    inherited = ("proposal_generator", "roi_heads")
-    for key, tensor in after.items():
-        source = teacher if key.startswith(inherited) else before
-        assert torch.equal(tensor, source[key]), key
-    assert model.teacher.model.proposal_generator is None
-
-
-@pytest.mark.parametrize(
-    ("opts", "words"),
-    [
-        ([*ALIKE, "KD.TEACHER.INHERIT", ["roi_head."]], ["KD.TEACHER.INHERIT", "roi_head."]),
-        (["KD.TEACHER.INHERIT", ["roi_heads"]], ["roi_heads", "another shape", "box_head.fc1"]),
-        ([*ALIKE, "KD.TEACHER.INHERIT", ["roi_heads"], "KD.DISTILLERS", []], ["KD.DISTILLERS"]),
-    ],
-)
-def test_heritage_that_does_not_fit_is_refused(tmp_path, opts, words):
-    with pytest.raises(ConfigError) as error:
-        build_model(distilled_cfg(tmp_path, opts=opts))
-    assert all(word in str(error.value) for word in words)

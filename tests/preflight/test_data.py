@@ -2,13 +2,17 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from PIL import Image
 
-from kd_detectron.data import check_coco_files, check_datasets
 from kd_detectron.errors import ConfigError
-from kd_detectron.preflight.data import UNKNOWN_CLASSES
+from kd_detectron.preflight.annotations import check_coco_files, image_size
+from kd_detectron.preflight.classes import UNKNOWN_CLASSES
+from kd_detectron.preflight.data import check_datasets
 
 
 def refused(cfg, *parts, **options):
@@ -207,8 +211,8 @@ def test_useless_boxes_are_counted_and_not_fatal(make_cfg, caplog, make_coco):
 def test_annotations_that_all_miss_their_images_are_refused(make_cfg, make_coco):
     content = make_coco(3)
     for annotation in content["annotations"]:
-        annotation["image_id"] = str(annotation["image_id"])
-    refused(make_cfg(content), "no usable annotation among 3 (3 of unknown images")
+        annotation["image_id"] += 100
+    refused(make_cfg(content), "no usable annotation among 3", "of unknown images")
 
 
 def test_masks_are_required_of_a_mask_model(make_cfg, make_coco):
@@ -220,7 +224,7 @@ def test_masks_are_required_of_a_mask_model(make_cfg, make_coco):
     cfg = make_cfg(content)
     assert check_datasets(cfg)["tiny"].annotations == 3
     cfg.MODEL.MASK_ON = True
-    refused(cfg, "MODEL.MASK_ON is True but annotation 2 has no 'segmentation'")
+    refused(cfg, "MODEL.MASK_ON is True", "the first (id 2) has no 'segmentation'")
 
 
 def test_rle_masks_need_the_bitmask_format(make_cfg, make_coco):
@@ -231,10 +235,11 @@ def test_rle_masks_need_the_bitmask_format(make_cfg, make_coco):
     refused(cfg, "INPUT.MASK_FORMAT is 'polygon'; set INPUT.MASK_FORMAT to 'bitmask'")
     cfg.INPUT.MASK_FORMAT = "bitmask"
     assert check_datasets(cfg)["tiny"].annotations == 3
-    content["annotations"][0]["segmentation"]["size"] = [16, 24]
-    cfg = make_cfg(content)
-    cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, "bitmask"
-    refused(cfg, "annotation 1 has a mask of height and width [16, 24]", "[24, 16]")
+    for change in ({"size": [16, 24]}, {"size": None}):
+        content["annotations"][0]["segmentation"].update(change)
+        cfg = make_cfg(content)
+        cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, "bitmask"
+        refused(cfg, "RLE mask of annotation 1", f"is {change['size']} on an image", "[24, 16]")
 
 
 @pytest.fixture
@@ -260,7 +265,7 @@ def keypoint_cfg(make_cfg, make_coco):
 def test_keypoints_are_required_of_a_keypoint_model(keypoint_cfg):
     assert check_datasets(keypoint_cfg())["tiny"].annotations == 3
     cfg = keypoint_cfg(lambda content: content["annotations"][1].pop("keypoints"))
-    refused(cfg, "MODEL.KEYPOINT_ON is True but annotation 2 has no 'keypoints'")
+    refused(cfg, "MODEL.KEYPOINT_ON is True", "the first (id 2) has no 'keypoints'")
     cfg.MODEL.KEYPOINT_ON = False
     assert check_datasets(cfg)["tiny"].annotations == 3
 
@@ -273,15 +278,15 @@ def test_crowds_need_no_keypoints(keypoint_cfg):
     assert check_datasets(keypoint_cfg(change))["tiny"].annotations == 3
 
 
-@pytest.mark.parametrize("keypoints", [[3, 4, 2], [3, 4, 2, 5, 6, None], "left"])
+@pytest.mark.parametrize("keypoints", [[3, 4, 2], "left"])
 def test_keypoints_of_another_number_are_refused(keypoint_cfg, keypoints):
     cfg = keypoint_cfg(lambda content: content["annotations"][0].update(keypoints=keypoints))
-    refused(cfg, "annotation 1 has the keypoints", "NUM_KEYPOINTS is 2", "6 numbers")
+    refused(cfg, "(id 1) has the keypoints", "NUM_KEYPOINTS is 2", "6 numbers")
 
 
 def test_what_flips_and_evaluation_of_keypoints_need_is_required(keypoint_cfg):
     cfg = keypoint_cfg(lambda content: content["annotations"][2].pop("num_keypoints"))
-    refused(cfg, "1 of 3 annotations have no 'num_keypoints'")
+    refused(cfg, "1 of 3 annotations have no valid 'num_keypoints'")
     cfg = keypoint_cfg()
     cfg.TEST.KEYPOINT_OKS_SIGMAS = []
     refused(cfg, "NUM_KEYPOINTS is 2 but TEST.KEYPOINT_OKS_SIGMAS are for 17 keypoints")
@@ -290,7 +295,7 @@ def test_what_flips_and_evaluation_of_keypoints_need_is_required(keypoint_cfg):
     metadata = MetadataCatalog.get("tiny")
     del metadata.keypoint_names
     metadata.keypoint_names = ["left", "right", "middle"]
-    refused(cfg, "NUM_KEYPOINTS is 2 but the dataset names 3 keypoints")
+    refused(cfg, "NUM_KEYPOINTS is 2 but the dataset's keypoint_names has 3 keypoints")
     del metadata.keypoint_flip_map
     refused(cfg, "MODEL.KEYPOINT_ON is True but", ".keypoint_flip_map", "--import")
 
@@ -300,7 +305,7 @@ def test_what_the_evaluation_reads_is_required_before_training(make_cfg, key, ma
     content = make_coco(3)
     del content["annotations"][2][key]
     cfg = make_cfg(content)
-    refused(cfg, f"1 of 3 annotations have no '{key}'")
+    refused(cfg, f"1 of 3 annotations have no valid '{key}'")
     cfg.DATASETS.TEST = ()
     assert check_datasets(cfg)["tiny"].annotations == 3
 
@@ -308,17 +313,20 @@ def test_what_the_evaluation_reads_is_required_before_training(make_cfg, key, ma
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["images"][0].pop("width"), "1 of 3 images have no 'width'"),
-        (lambda c: c["images"][0].update(height=0), "positive numbers of pixels"),
+        (lambda c: c["images"][0].pop("width"), "1 of 3 images have no valid 'width'"),
+        (lambda c: c["images"][0].update(height=0), "height 0; it must be a positive number"),
+        (lambda c: c["images"][0].update(file_name=7), "file_name 7; it must be text"),
         (lambda c: c["images"][1].update(id=1), "several images have the same id (1)"),
+        (lambda c: c["images"][1].update(id="a"), "id 'a'; it must be a whole number"),
+        (lambda c: c["categories"][0].update(name=3), "name 3; it must be text"),
+        (lambda c: c["categories"][0].update(id="1"), "id '1'; it must be a whole number"),
         (lambda c: c["annotations"][1].update(id=1), "several annotations have the same id (1)"),
-        (
-            lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
-            "annotation 2 has the bbox [1, 2, 3]",
-        ),
-        (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "annotation 2 has the bbox"),
-        (lambda c: c["annotations"][1].update(ignore=1), "annotation 2 has 'ignore' set"),
-        (lambda c: c["annotations"].append(5), "1 of 4 annotations have no 'id'"),
+        (lambda c: c["annotations"][1].update(image_id="2"), "image_id '2'; it must be a whole"),
+        (lambda c: c["annotations"][1].update(category_id="1"), "category_id '1'; it must be a"),
+        (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "(id 2) has the bbox [1, 2, 3]"),
+        (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "(id 2) has the bbox"),
+        (lambda c: c["annotations"][1].update(ignore=1), "ignore 1; it must be 0"),
+        (lambda c: c["annotations"].append(5), "1 of 4 annotations have no valid 'id'"),
     ],
 )
 def test_malformed_entry_is_named(make_cfg, tmp_path, change, message, make_coco):
@@ -327,6 +335,100 @@ def test_malformed_entry_is_named(make_cfg, tmp_path, change, message, make_coco
     change(content)
     (tmp_path / "tiny" / "annotations.json").write_text(json.dumps(content))
     refused(cfg, message)
+
+
+def test_image_ids_may_be_text_if_all_are(make_cfg, make_coco):
+    content = make_coco(3)
+    cfg = make_cfg(content)
+    for image in content["images"]:
+        image["id"] = f"a{image['id']}"
+    for annotation in content["annotations"]:
+        annotation["image_id"] = f"a{annotation['image_id']}"
+    Path(cfg.DATASETS.COCO_FORMAT[0][1]).write_text(json.dumps(content))
+    assert check_datasets(cfg)["tiny"].annotations == 3
+
+
+def test_annotation_id_0_is_refused_where_ap_is_computed(make_cfg, make_coco):
+    content = make_coco(3)
+    for annotation in content["annotations"]:
+        annotation["id"] -= 1
+    cfg = make_cfg(content)
+    refused(cfg, "id 0; it must be a number from 1", "COCO's evaluation")
+    cfg.DATASETS.TEST = ()
+    assert check_datasets(cfg)["tiny"].annotations == 3
+
+
+def test_boxes_by_their_corners_are_refused(make_cfg, make_coco):
+    content = make_coco(6)
+    for number, annotation in enumerate(content["annotations"]):
+        annotation["bbox"] = [9.0, 9.0, 14.0, 15.0] if number else [1.0, 1.0, 9.0, 9.0]
+    refused(make_cfg(content), "5 of 6 boxes reach past their image", "[x, y, width, height]")
+    # One box that is not of this form, and all are boxes that reach past their image.
+    content["annotations"][0]["bbox"] = [5.0, 5.0, 2.0, 2.0]
+    assert check_datasets(make_cfg(content))["tiny"].annotations == 6
+
+
+@pytest.mark.parametrize("key", ["TRAIN", "TEST"])
+def test_width_and_height_exchanged_in_the_annotations_are_refused(make_cfg, make_coco, key):
+    cfg = make_cfg()
+    name, json_file, image_dir = cfg.DATASETS.COCO_FORMAT[0]
+    content = make_coco()
+    for image in content["images"]:
+        image["width"], image["height"] = image["height"], image["width"]
+    wrong = json_file.replace(".json", "_wrong.json")
+    Path(wrong).write_text(json.dumps(content))
+    cfg.DATASETS.COCO_FORMAT.append(["wrong", wrong, image_dir])
+    cfg.DATASETS[key] = ("wrong",)
+    words = ("6 of 6 images are not of the annotated size", "0.png", "[24, 16]", "[16, 24]")
+    refused(cfg, f"DATASETS.{key} 'wrong'", *words, "exchange 'width' and 'height'")
+    cfg.DATALOADER.MAX_CORRUPT_IMAGES = 6
+    if key == "TEST":
+        refused(cfg, *words)
+    else:
+        assert check_datasets(cfg)["wrong"].images == 6
+
+
+def test_photo_that_a_camera_turned_has_the_size_in_which_it_is_read(tmp_path):
+    path = str(tmp_path / "photo.jpg")
+    exif = Image.Exif()
+    exif[274] = 6  # turned by 90 degrees
+    Image.new("RGB", (24, 16)).save(path, exif=exif)
+    height, width = read_image(path, "BGR").shape[:2]
+    assert image_size(path) == (width, height) == (16, 24)
+
+
+def test_unreadable_image_of_the_test_set_is_refused_before_training(make_cfg, tmp_path):
+    cfg = make_cfg()
+    (tmp_path / "tiny" / "images" / "2.png").write_bytes(b"no image")
+    refused(cfg, "1 of 6 images cannot be read", "2.png")
+    cfg.DATASETS.TEST = ()
+    assert check_datasets(cfg)["tiny"].images == 6
+
+
+def test_missing_proposal_file_is_refused(make_cfg, tmp_path):
+    cfg = make_cfg()
+    cfg.MODEL.LOAD_PROPOSALS = True
+    refused(cfg, "DATASETS.TRAIN names 1 datasets, but DATASETS.PROPOSAL_FILES_TRAIN 0 files")
+    there = tmp_path / "proposals.pkl"
+    there.touch()
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(there),)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(there) + "x",)
+    refused(cfg, "proposals.pklx' of DATASETS.PROPOSAL_FILES_TEST does not exist")
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(there),)
+    assert check_datasets(cfg)["tiny"].images == 6
+
+
+def test_dicts_of_a_users_own_function_are_evaluated_as_coco_without_a_json_file(
+    make_cfg, tmp_path
+):
+    file_name = str(tmp_path / "tiny" / "images" / "0.png")
+    cfg = make_cfg()
+    DatasetCatalog.register("own", lambda: [{"file_name": file_name, "annotations": [{}]}])
+    MetadataCatalog.get("own").evaluator_type = "coco"
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("own",)
+    refused(cfg, "DATASETS.TRAIN 'own'", "no class names", ".thing_classes")
+    MetadataCatalog.get("own").thing_classes = ["cat", "dog"]
+    assert check_datasets(cfg)["own"].classes == ("cat", "dog")
 
 
 def test_dataset_of_a_users_own_function_is_checked_too(make_cfg, tmp_path):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.runs.run import load_run, read_metrics
+from kd_detectron.runs.run import load_run, metrics_by_iteration
 
 
 def test_run_is_named_by_its_config_not_by_its_folder(write_run):
@@ -63,7 +63,7 @@ def test_later_line_of_a_resumed_run_wins(tmp_path):
     ]
     text = "\n".join(json.dumps(line) for line in lines)
     (tmp_path / "metrics.json").write_text(text + '\n{"iteration": 59, "total_l')
-    history = read_metrics(tmp_path / "metrics.json")
+    history = metrics_by_iteration(tmp_path)
     assert history == {19: {"total_loss": 2.5, "lr": 0.1}, 39: {"total_loss": 2.0}}
 
 

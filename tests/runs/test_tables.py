@@ -8,7 +8,7 @@ import pytest
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher
+from kd_detectron.runs.tables import build_table, load_teacher_result
 
 PUBLISHED = {
     "source": "some paper",
@@ -43,7 +43,7 @@ def teacher_file(tmp_path):
 def test_gain_and_share_of_the_gap(write_run, teacher_file):
     baseline = load_run(write_run("baseline", ap=[30.0, 50.0]))
     ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0, 56.0]))
-    table = build_table([ckd, baseline], teachers=[load_teacher(teacher_file)])
+    table = build_table([ckd, baseline], teachers=[load_teacher_result(teacher_file)])
     assert [row.method for row in table.rows] == ["teacher", "baseline", "CKD"]
     row = table.rows[2]
     assert row.gain == {"bbox": 4.0}
@@ -149,7 +149,7 @@ def test_published_numbers_stand_beside_the_rows_they_belong_to(write_run, tmp_p
         load_run(write_run("mask", distillers=["CKD"], ap=[35.0], mask_ap=[33.0])),
         load_run(write_run("own", distillers=["CKD"], ap=[1.0], opts=["DATASETS.TEST", ("my",)])),
     ]
-    table = build_table(runs, teachers=[load_teacher(teacher)], published=PUBLISHED)
+    table = build_table(runs, teachers=[load_teacher_result(teacher)], published=PUBLISHED)
     papers = {(row.method, row.detector): row.paper for row in table.rows}
     box = {("bbox", "AP"): 35.0, ("bbox", "AP50"): 55.0, ("bbox", "AP75"): 38.0}
     assert papers["teacher", "Faster R-CNN"]["bbox", "AP"] == 42.0
@@ -179,13 +179,13 @@ def test_teacher_without_gap_closes_nothing(write_run, tmp_path):
         load_run(write_run("baseline", ap=[30.0])),
         load_run(write_run("ckd", distillers=["CKD"], ap=[34.0])),
     ]
-    table = build_table(runs, teachers=[load_teacher(teacher)])
+    table = build_table(runs, teachers=[load_teacher_result(teacher)])
     assert table.rows[-1].gap_closed == {}
     assert "there is no gap to close" in table.notes[0]
 
 
 def test_teacher_can_be_a_run_folder(write_run):
-    teacher = load_teacher(write_run("teacher", depth=101, ap=[40.0], seconds=7200.0))
+    teacher = load_teacher_result(write_run("teacher", depth=101, ap=[40.0], seconds=7200.0))
     runs = [
         load_run(write_run("baseline", ap=[30.0])),
         load_run(write_run("ckd", distillers=["CKD"], ap=[34.0])),
@@ -202,7 +202,7 @@ def test_box_ap_of_a_teacher_file_is_no_mask_rcnn_in_a_mixed_table(write_run, te
         load_run(write_run("mask_baseline", ap=[30.0], mask_ap=[28.0])),
         load_run(write_run("mask_ckd", distillers=["CKD"], ap=[34.0], mask_ap=[32.0])),
     ]
-    table = build_table(runs, teachers=[load_teacher(teacher_file)])
+    table = build_table(runs, teachers=[load_teacher_result(teacher_file)])
     shares = {(row.detector, row.method): row.gap_closed for row in table.rows}
     assert shares["Faster R-CNN", "CKD"] == {"bbox": 40.0}
     assert shares["Mask R-CNN", "CKD"] == {}
@@ -214,7 +214,7 @@ def test_teacher_file_without_ap_is_refused(tmp_path, text):
     path = tmp_path / "teacher.json"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"teacher\.json"):
-        load_teacher(path)
+        load_teacher_result(path)
 
 
 def load_tool(name):

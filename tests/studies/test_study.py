@@ -12,8 +12,9 @@ from tiny import NUM_CLASSES, tiny_cfg
 
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.data.synthetic import make_synthetic
-from kd_detectron.engine.hooks import read_metrics
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import read_metrics
+from kd_detectron.runs.run import load_run
 from kd_detectron.studies import study as studies
 
 STUDIES = sorted(path.name for path in (config_dir() / "studies").glob("*.yaml"))
@@ -77,7 +78,7 @@ def test_study_without_a_teacher_is_reported_with_the_one_its_students_have(tmp_
     weights = str(tmp_path / "big" / "model_final.pth")
     assert studies.teacher_of_others(study(weights)) is None  # no finished run
     (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "result.json").write_text("{}")
+    (tmp_path / "big" / "result.json").write_text('{"finished": true}')
     assert studies.teacher_of_others(study(weights, weights)) == tmp_path / "big"
     assert studies.teacher_of_others(study(weights, "other/model_final.pth")) is None
     assert studies.teacher_of_others(study()) is None
@@ -91,16 +92,40 @@ def test_paper_ablations_stand_ready():
     assert {0, 16, 64, 2048} <= {node.GROUP_SIZE for node in ckd.values()}
 
 
+RUN = "{name: a, config: demo/baseline.yaml}"
+RUN_B = "{name: b, config: demo/baseline.yaml}"
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
         ("runs: [{name: a, config: demo/teacher_r18.yaml, sedes: [1]}]", ["sedes", "seeds"]),
         ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
         ("rons: []", ["rons", "runs"]),
-        ("expected: none.json\nruns: []", ["expected", "none.json"]),
+        (f"expected: none.json\nruns: [{RUN}]", ["expected", "none.json"]),
         ("part_of: demo.yaml\nonly: [techer]\nseeds: [1]", ["techer", "teacher"]),
         ("part_of: demo.yaml\nopts: [SEED, 7]", ["opts", "output", "demo.yaml"]),
         ("part_of: demo.yaml\nexpected: none.json", ["expected", "output", "demo.yaml"]),
+        ("part_of: bccd_mv2.yaml\nseeds: [9]", ["seeds is [9]", "baseline", "[1, 2]"]),
+        (f"runs: [{RUN}, {RUN_B}, {RUN}]", ["2 runs named 'a'"]),
+        ("runs: []", ["no runs"]),
+        ("", ["no runs"]),
+        ("runs: 3", ["runs is 3", "a list"]),
+        ("runs: [teacher]", ["run 1 is 'teacher'"]),
+        ("runs: [{name: a}]", ["run 'a'", "no config"]),
+        ("runs: [{config: demo/baseline.yaml}]", ["run '1'", "no name"]),
+        ("runs: [{name: a, config: demo/baseline.yaml, opts: [SEED]}]", ["pairs of KEY VALUE"]),
+        ("runs: [{name: a, config: demo/baseline.yaml, seeds: 1}]", ["seeds is 1", "list"]),
+        ("runs: [{name: a, config: demo/baseline.yaml, seeds: [1, 1]}]", ["different whole"]),
+        (
+            "runs: [{name: a, config: demo/baseline.yaml, opts: [MODEL.WEIGHTS, '{outptu}/x']}]",
+            ["{outptu}", "{output}", "run 'a'"],
+        ),
+        (
+            "runs: [{name: a, config: demo/baseline.yaml, opts: [SOLVER.BASE_RL, 1]}]",
+            ["run 'a'", "SOLVER.BASE_LR"],
+        ),
+        (f"defaults: {{sedes: [1]}}\nruns: [{RUN}]", ["defaults", "sedes", "seeds"]),
     ],
 )
 def test_mistakes_in_a_study_are_named(tmp_path, content, words):
@@ -108,7 +133,76 @@ def test_mistakes_in_a_study_are_named(tmp_path, content, words):
     file.write_text(content if "part_of" in content else f"output: {tmp_path}\n{content}\n")
     with pytest.raises(ConfigError) as error:
         studies.load_study(str(file))
-    assert all(word in str(error.value) for word in words)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "output: [\n", "text", "part_of: study.yaml"])
+def test_file_that_is_no_study_is_one_sentence(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"^study 'study\.yaml'"):
+        studies.load_study("study.yaml")
+
+
+def test_defaults_hold_where_a_run_says_nothing_else(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        "output: out\n"
+        "defaults: {config: demo/baseline.yaml, seeds: [1, 2], opts: [SOLVER.MAX_ITER, 7]}\n"
+        "runs:\n"
+        "  - {name: teacher, config: demo/teacher_r18.yaml, seeds: null}\n"
+        "  - {name: a}\n"
+        "  - {name: b, seeds: [3], opts: [SOLVER.MAX_ITER, 9]}\n"
+    )
+    runs = {str(run.folder): run for run in studies.load_study(str(file)).runs}
+    assert sorted(runs) == ["out/a/seed1", "out/a/seed2", "out/b/seed3", "out/teacher"]
+    assert [runs[f"out/{n}"].max_iter for n in ("teacher", "a/seed1", "b/seed3")] == [7, 7, 9]
+    assert runs["out/teacher"].config == "demo/teacher_r18.yaml"
+    assert runs["out/a/seed2"].config == "demo/baseline.yaml"
+
+
+def write_finished_run(run, opts=(), **result):
+    """The folder of a finished run, as a training with these options leaves it."""
+    cfg = get_config(run.config, [*run.opts, *opts])
+    cfg.OUTPUT_DIR = str(run.folder)
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.yaml").write_text(cfg.dump())
+    record = {"finished": True, "iterations": run.max_iter, "results": {"bbox": {"AP": 30.0}}}
+    (run.folder / "result.json").write_text(json.dumps(record | result))
+
+
+def test_finished_run_whose_options_changed_in_the_file_is_refused(tmp_path):
+    def study(learning_rate, output="out"):
+        file = tmp_path / "study.yaml"
+        entry = {"name": "a", "config": "demo/ckd_reviewkd.yaml", "seeds": [1]}
+        entry["opts"] = ["SOLVER.BASE_LR", learning_rate, "KD.TEACHER.WEIGHTS", "{output}/t.pth"]
+        file.write_text(json.dumps({"output": str(tmp_path / output), "runs": [entry]}))
+        return studies.load_study(str(file))
+
+    (run,) = study(0.5).runs
+    write_finished_run(run, ["MODEL.DEVICE", "cpu", "TEST.EVAL_PERIOD", 3])
+    assert study(0.5).runs[0].finished
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert study(0.5, "moved").runs[0].finished
+    with pytest.raises(ConfigError, match=r"SOLVER\.BASE_LR 0\.5 \(the file: 0\.25\).*remove") as e:
+        study(0.25, "moved")
+    assert "KD.TEACHER" not in str(e.value)
+
+
+def test_extended_run_is_not_finished_until_its_new_end(tmp_path):
+    file = tmp_path / "study.yaml"
+    run = {"name": "a", "config": "demo/baseline.yaml"}
+    file.write_text(json.dumps({"output": str(tmp_path / "out"), "runs": [run]}))
+    (run,) = studies.load_study(str(file)).runs
+    write_finished_run(run)
+    metrics = [{"iteration": i, "bbox/AP": 20.0} for i in (run.max_iter - 1, run.max_iter)]
+    text = "".join(json.dumps(record) + "\n" for record in metrics)
+    (run.folder / "metrics.json").write_text(text)
+    assert run.finished and load_run(run.folder).results == {"bbox": {"AP": 30.0}}
+    extended = json.dumps({"iteration": run.max_iter + 10, "bbox/AP": 31.0})
+    (run.folder / "metrics.json").write_text(text + extended + "\n")
+    assert not run.finished and load_run(run.folder).results == {"bbox": {"AP": 31.0}}
+    assert studies.load_study(str(file)).finished_runs() == {}
 
 
 @pytest.fixture
@@ -176,6 +270,7 @@ def heed_interrupts():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     text = (tmp_path / "run.yaml").read_text()
     (tmp_path / "run.yaml").write_text(text.replace("MAX_ITER: 2", "MAX_ITER: 80"))
@@ -183,7 +278,7 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     stopped = tmp_path / "out" / "good" / "seed1"
 
     def steps():
-        return len(read_metrics(str(stopped / "metrics.json")))
+        return len(read_metrics(stopped))
 
     def interrupt(send):
         process = subprocess.Popen(command, start_new_session=True, preexec_fn=heed_interrupts)
@@ -209,6 +304,7 @@ def test_interrupted_study_goes_on_where_it_stopped(tmp_path, study_file):
     assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2]
 
 
+@pytest.mark.slow
 def test_runs_go_side_by_side_and_students_wait_for_their_teacher(tmp_path, study_file, capsys):
     text = study_file.read_text().split("  - name: bad")[0].replace("[1, 2]", "[1]")
     study_file.write_text(

@@ -5,12 +5,12 @@ from torch.nn.functional import interpolate
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.visualize.cams import activation_map, draw_cams, largest_object
-from kd_detectron.visualize.models import BoxClassifier, dataset_records, load_student
+from kd_detectron.visualize.models import BoxClassifier, dataset_records, load_run_student
 
 
 @pytest.fixture
 def model(write_trained_run):
-    return load_student(write_trained_run("a", ap=[30.0]))
+    return load_run_student(write_trained_run("a", ap=[30.0]))
 
 
 def test_given_box_is_classified_as_the_detector_does(model):
@@ -72,7 +72,7 @@ def test_hooks_are_gone_afterwards(model):
 
 
 def test_one_panel_an_object_and_model(write_trained_run, model, tmp_path, check_picture):
-    other = load_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3))
+    other = load_run_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3))
     records, names = dataset_records(model.cfg)
     figure = draw_cams([model, other], records[:2], names, tmp_path / "cam.png")
     *panels, bar = figure.axes

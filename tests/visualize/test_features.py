@@ -9,19 +9,19 @@ from kd_detectron.visualize.features import (
     feature_difference,
     linear_cka,
 )
-from kd_detectron.visualize.models import dataset_records, load_student
+from kd_detectron.visualize.models import dataset_records, load_run_student
 
 LEVELS = ["p2", "p3", "p4", "p5", "p6"]
 
 
 @pytest.fixture
 def teacher(write_trained_run):
-    return load_student(write_trained_run("teacher", depth=101, seed=5), label="teacher R101")
+    return load_run_student(write_trained_run("teacher", depth=101, seed=5), label="teacher R101")
 
 
 @pytest.fixture
 def student(write_trained_run):
-    return load_student(write_trained_run("student", ap=[30.0]))
+    return load_run_student(write_trained_run("student", ap=[30.0]))
 
 
 def test_difference_is_one_minus_cosine_at_every_location():
@@ -70,7 +70,7 @@ def test_padding_is_not_compared(student):
 
 
 def test_maps_and_bars_of_every_level(student, teacher, write_trained_run, tmp_path, check_picture):
-    distilled = load_student(write_trained_run("b", distillers=["ReviewKD"], seed=3))
+    distilled = load_run_student(write_trained_run("b", distillers=["ReviewKD"], seed=3))
     records, _ = dataset_records(student.cfg)
     figure = draw_feature_differences(
         teacher, [student, distilled], records[:3], tmp_path / "features.png"
@@ -88,7 +88,7 @@ def test_maps_and_bars_of_every_level(student, teacher, write_trained_run, tmp_p
 
 def test_models_that_do_not_compare_get_one_sentence(student, write_trained_run):
     records, _ = dataset_records(student.cfg)
-    wide = load_student(write_trained_run("wide", opts=["MODEL.FPN.OUT_CHANNELS", 32]))
+    wide = load_run_student(write_trained_run("wide", opts=["MODEL.FPN.OUT_CHANNELS", 32]))
     with pytest.raises(ConfigError, match=r"level p2 is \(16, 16, 22\).*\(32, 16, 22\)"):
         compare_features(student, wide, records[:1])
     with pytest.raises(ConfigError, match="no image"):

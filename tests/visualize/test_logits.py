@@ -9,15 +9,15 @@ from kd_detectron.visualize.logits import (
     draw_correlations,
     draw_tsne,
 )
-from kd_detectron.visualize.models import dataset_records, load_student
+from kd_detectron.visualize.models import dataset_records, load_run_student
 
 
 @pytest.fixture
 def models(write_trained_run):
     return [
-        load_student(write_trained_run("teacher", depth=101, seed=5), label="teacher R101"),
-        load_student(write_trained_run("a", ap=[30.0])),
-        load_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3)),
+        load_run_student(write_trained_run("teacher", depth=101, seed=5), label="teacher R101"),
+        load_run_student(write_trained_run("a", ap=[30.0])),
+        load_run_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3)),
     ]
 
 

@@ -10,8 +10,8 @@ from kd_detectron.visualize.models import (
     dataset_records,
     find_records,
     load_detector,
-    load_student,
-    load_teacher_of,
+    load_run_student,
+    load_run_teacher,
     see_the_size_of,
 )
 
@@ -26,7 +26,7 @@ def test_student_is_loaded_from_its_run_without_a_teacher(write_trained_run):
     folder = write_trained_run(
         "run", distillers=["CKD"], ap=[37.04], teacher="no_such_teacher.yaml"
     )
-    student = load_student(folder)
+    student = load_run_student(folder)
     assert (student.label, student.ap) == ("CKD R50", "37.0 box AP")
     assert not student.model.training
     saved = torch.load(folder / "student_final.pth")["model"]
@@ -37,7 +37,7 @@ def test_student_is_loaded_from_its_run_without_a_teacher(write_trained_run):
 def test_teacher_is_the_one_that_the_run_names(write_trained_run, teacher_opts):
     opts, config = teacher_opts
     folder = write_trained_run("run", distillers=["CKD"], teacher=config, opts=opts)
-    teacher = load_teacher_of(folder)
+    teacher = load_run_teacher(folder)
     assert (teacher.label, teacher.ap) == ("teacher R101", "40.0 box AP")
     saved = torch.load(opts[1])["model"]
     assert torch.equal(
@@ -48,7 +48,7 @@ def test_teacher_is_the_one_that_the_run_names(write_trained_run, teacher_opts):
 
 
 def test_detections_are_in_pixels_of_the_image_file(write_trained_run):
-    student = load_student(write_trained_run("run", opts=["INPUT.MIN_SIZE_TEST", 96]))
+    student = load_run_student(write_trained_run("run", opts=["INPUT.MIN_SIZE_TEST", 96]))
     records, _ = dataset_records(student.cfg)
     assert student.inputs(records[0])["image"].shape == (3, 96, 128)
     found = student.detect(records[0])
@@ -57,15 +57,15 @@ def test_detections_are_in_pixels_of_the_image_file(write_trained_run):
 
 
 def test_image_is_read_in_the_models_channel_order(write_trained_run):
-    bgr = load_student(write_trained_run("bgr", opts=["INPUT.FORMAT", "BGR"]))
-    rgb = load_student(write_trained_run("rgb", opts=["INPUT.FORMAT", "RGB"]))
+    bgr = load_run_student(write_trained_run("bgr", opts=["INPUT.FORMAT", "BGR"]))
+    rgb = load_run_student(write_trained_run("rgb", opts=["INPUT.FORMAT", "RGB"]))
     records, _ = dataset_records(bgr.cfg)
     image = rgb.inputs(records[0])["image"]
     assert torch.equal(bgr.inputs(records[0])["image"], image.flip(0))
 
 
 def test_image_larger_than_the_square_that_a_model_pads_to_is_made_smaller(write_trained_run):
-    student = load_student(write_trained_run("run", opts=["INPUT.MAX_SIZE_TEST", 128]))
+    student = load_run_student(write_trained_run("run", opts=["INPUT.MAX_SIZE_TEST", 128]))
     for square, size in ((0, 128), (256, 128), (96, 96)):
         backbone = SimpleNamespace(padding_constraints={"square_size": square})
         vitdet = LoadedModel("ViTDet", SimpleNamespace(backbone=backbone), student.cfg.clone())
@@ -76,18 +76,18 @@ def test_image_larger_than_the_square_that_a_model_pads_to_is_made_smaller(write
 
 def test_run_without_checkpoint_gets_one_sentence(write_run):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
-        load_student(write_run("run"))
+        load_run_student(write_run("run"))
 
 
 def test_checkpoint_of_another_model_is_refused(write_trained_run):
     folder = write_trained_run("run")
     other = write_trained_run("other", depth=101)
     with pytest.raises(ConfigError, match=r"does not fit the run's config\.yaml"):
-        load_student(other, weights=str(folder / "student_final.pth"))
+        load_run_student(other, weights=str(folder / "student_final.pth"))
 
 
 def test_records_are_chosen_reproducibly_and_found_by_name(write_trained_run):
-    records, names = dataset_records(load_student(write_trained_run("run")).cfg)
+    records, names = dataset_records(load_run_student(write_trained_run("run")).cfg)
     assert names == ["cat", "dog", "hen"]
     chosen = choose_records(records, 3, seed=1)
     assert chosen == choose_records(records, 3, seed=1) and len(chosen) == 3
@@ -98,6 +98,6 @@ def test_records_are_chosen_reproducibly_and_found_by_name(write_trained_run):
 
 
 def test_unknown_dataset_gets_one_sentence(write_trained_run):
-    cfg = load_student(write_trained_run("run")).cfg
+    cfg = load_run_student(write_trained_run("run")).cfg
     with pytest.raises(ConfigError, match=r"coco_2017_vall.*did you mean"):
         dataset_records(cfg, "coco_2017_vall")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.visualize.models import choose_records, dataset_records, load_student
+from kd_detectron.visualize.models import choose_records, dataset_records, load_run_student
 from kd_detectron.visualize.predictions import (
     class_colours,
     detections,
@@ -15,8 +15,8 @@ from kd_detectron.visualize.predictions import (
 @pytest.fixture
 def models(write_trained_run):
     return [
-        load_student(write_trained_run("a", ap=[30.0])),
-        load_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3)),
+        load_run_student(write_trained_run("a", ap=[30.0])),
+        load_run_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3)),
     ]
 
 
@@ -35,7 +35,7 @@ def test_one_panel_an_image_and_model_beside_the_ground_truth(models, tmp_path, 
 
 
 def test_masks_are_drawn(write_trained_run):
-    model = load_student(write_trained_run("mask", mask=True))
+    model = load_run_student(write_trained_run("mask", mask=True))
     records, names = dataset_records(model.cfg)
     assert ground_truth(records[0]).masks is not None
     assert detections(model.detect(records[0]), 0.0).masks[0].shape == (48, 64)
@@ -44,7 +44,7 @@ def test_masks_are_drawn(write_trained_run):
 
 def test_ground_truth_has_masks_only_beside_a_model_that_has(models, write_trained_run):
     records, names = dataset_records(models[0].cfg)
-    with_masks = load_student(write_trained_run("mask", mask=True))
+    with_masks = load_run_student(write_trained_run("mask", mask=True))
 
     def inside_of_the_object(shown):
         axes = draw_predictions(shown, records[:1], names).axes[0]

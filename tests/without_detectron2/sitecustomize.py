@@ -1,12 +1,5 @@
-"""Makes Detectron2 unimportable where this folder comes first on PYTHONPATH, for tests."""
+"""Put this folder first on PYTHONPATH to run anything as if Detectron2 were not installed."""
 
-from importlib.machinery import PathFinder
+import sys
 
-_find_spec = PathFinder.find_spec
-
-
-def _find_spec_of_others(name, path=None, target=None):
-    return None if name.split(".")[0] == "detectron2" else _find_spec(name, path, target)
-
-
-PathFinder.find_spec = _find_spec_of_others
+sys.modules["detectron2"] = None  # find_spec() is None, every import an ImportError

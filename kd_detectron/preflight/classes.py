@@ -1,0 +1,190 @@
+"""Do teacher, student and datasets mean the same classes, in the same order?
+
+Some outputs are compared class by class: with as many classes in another order nothing fails, and
+the student learns the wrong ones.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from omegaconf import OmegaConf
+from torch import nn
+
+from kd_detectron.data.coco_format import resolve_path
+from kd_detectron.distillers import DISTILLER_REGISTRY
+from kd_detectron.errors import ConfigError
+from kd_detectron.modeling.teacher_loading import (
+    find_teacher_config,
+    read_lazy_config,
+    teacher_config,
+)
+from kd_detectron.preflight.annotations import DatasetSummary, count_classes
+
+# The NUM_CLASSES of a model that does not say how many it tells apart (some LazyConfigs').
+UNKNOWN_CLASSES = -1
+# The outputs of a detector that differ from class to class.
+CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
+
+
+def check_dataset_classes(
+    cfg: CfgNode, key: str, summary: DatasetSummary, first: DatasetSummary
+) -> None:
+    """Compares a dataset's classes with the model's number, and with another dataset's classes.
+
+    Raises:
+        ConfigError: the numbers differ, or the names or their order.
+    """
+    if not summary.classes:  # A user's own function that sets no thing_classes.
+        return
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if "RetinaNet" in architecture:
+        class_key, num_classes = "MODEL.RETINANET.NUM_CLASSES", cfg.MODEL.RETINANET.NUM_CLASSES
+    else:
+        class_key, num_classes = "MODEL.ROI_HEADS.NUM_CLASSES", cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    known = num_classes != UNKNOWN_CLASSES and architecture != "ProposalNetwork"
+    if known and len(summary.classes) != num_classes:
+        raise ConfigError(
+            f"{key} '{summary.name}' has {count_classes(summary.classes)} but {class_key} is"
+            f" {num_classes}; set {class_key} to {len(summary.classes)}"
+        )
+    for mine, theirs in zip(summary.classes, first.classes, strict=False):
+        if mine != theirs:
+            raise ConfigError(
+                f"{key} '{summary.name}' and '{first.name}' must list the same classes in the same"
+                f" order of category ids, but one has '{mine}' where the other has '{theirs}';"
+                " rename or renumber the categories of one annotation file"
+            )
+
+
+def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
+    """Refuses to learn class by class from a teacher of other classes, by their names.
+
+    That is, by distillers of outputs that each class has its own of, or by ``INHERIT``.
+
+    Args:
+        cfg: the student's whole config.
+        summaries: what :func:`kd_detectron.preflight.data.check_datasets` returned for it.
+
+    Raises:
+        ConfigError: a class has another name; nothing where only the numbers of classes differ,
+            which ``check_fits`` refuses with a better sentence.
+    """
+    if not (cfg.KD.ENABLED and cfg.DATASETS.TRAIN):
+        return
+    known = [name for name in cfg.KD.DISTILLERS if name in DISTILLER_REGISTRY]
+    comparing = [name for name in known if DISTILLER_REGISTRY.get(name).requires & CLASS_OUTPUTS]
+    inherited = [part for part in cfg.KD.TEACHER.INHERIT if _has_class_layers(part)]
+    if comparing:
+        reason = f"{comparing} compare their outputs class by class"
+    elif inherited:
+        reason = f"KD.TEACHER.INHERIT {inherited} copies the layers of each class"
+    else:
+        return
+    _compare_names(cfg, summaries, "DATASETS.TRAIN", f"but {reason}", "feature distillers alone")
+
+
+def check_teacher_to_evaluate(
+    cfg: CfgNode, summaries: Mapping[str, DatasetSummary], model: nn.Module
+) -> None:
+    """Refuses to evaluate a teacher on ``DATASETS.TEST`` of other classes than its own.
+
+    Args:
+        cfg: the student's whole config.
+        summaries: what :func:`kd_detectron.preflight.data.check_data` returned for it.
+        model: the teacher.
+
+    Raises:
+        ConfigError: the numbers of classes differ, or a class has another name.
+    """
+    who = f"the teacher (KD.TEACHER.CONFIG_FILE '{cfg.KD.TEACHER.CONFIG_FILE}')"
+    for name in cfg.DATASETS.TEST if summaries else ():
+        if summaries[name].classes:
+            check_number_of_classes(who, model, summaries[name].classes)
+    if summaries and cfg.DATASETS.TEST:
+        _compare_names(cfg, summaries, "DATASETS.TEST", "so its AP would mean nothing", "its data")
+
+
+def check_number_of_classes(who: str, model: nn.Module, class_names: Sequence[str]) -> None:
+    """Refuses a model whose number of classes is not the dataset's.
+
+    Raises:
+        ConfigError: naming ``who`` and both numbers.
+    """
+    heads = getattr(model, "roi_heads", model)
+    count = getattr(heads, "num_classes", len(class_names))
+    if count != len(class_names):
+        raise ConfigError(
+            f"{who} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset has "
+            f"{count_classes(class_names)}; name the dataset that it was trained for"
+        )
+
+
+def _has_class_layers(part: str) -> bool:
+    layers = ("roi_heads.box_predictor", "roi_heads.mask_head", "head.cls_score")
+    return part == "auto" or any(x.startswith(part) or part.startswith(x) for x in layers)
+
+
+def _compare_names(
+    cfg: CfgNode, summaries: Mapping[str, DatasetSummary], key: str, reason: str, other_way: str
+) -> None:
+    """Compares a dataset's class names with the teacher's, where both are known, without case.
+
+    The teacher's are known where its first ``DATASETS.TRAIN`` is registered here with class names,
+    or is in its ``DATASETS.COCO_FORMAT`` with its annotation file at hand.
+    """
+    own_name = cfg.DATASETS[key.removeprefix("DATASETS.")][0]
+    own = summaries[own_name].classes
+    teacher_name, theirs = teacher_classes(cfg, summaries)
+    if not own or len(own) != len(theirs):
+        return
+    for index, (mine, other) in enumerate(zip(own, theirs, strict=True)):
+        if mine.strip().lower() != other.strip().lower():
+            raise ConfigError(
+                f"class {index} is '{mine}' in the student's {key} '{own_name}' and '{other}' in "
+                f"the teacher's '{teacher_name}' (KD.TEACHER.CONFIG_FILE "
+                f"'{cfg.KD.TEACHER.CONFIG_FILE}'), {reason}; use a teacher of the same classes in "
+                f"the same order, or {other_way}. If only the names differ, set KD.TEACHER.OPTS to "
+                f'["DATASETS.TRAIN", "(\'{own_name}\',)"]'
+            )
+
+
+def teacher_classes(
+    cfg: CfgNode, summaries: Mapping[str, DatasetSummary]
+) -> tuple[str, tuple[str, ...]]:
+    """Returns name and class names of the dataset that the teacher's config trains on.
+
+    The class names are empty where they cannot be known here.
+    """
+    path = find_teacher_config(cfg.KD.TEACHER.CONFIG_FILE)
+    files: dict[str, str] = {}
+    own_files = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_FORMAT}
+    if path.endswith(".py"):
+        lazy_cfg = read_lazy_config(path, list(cfg.KD.TEACHER.OPTS))
+        trained_on = OmegaConf.select(lazy_cfg, "dataloader.train.dataset.names") or ()
+        trained_on = [trained_on] if isinstance(trained_on, str) else list(trained_on)
+    else:
+        teacher_cfg = teacher_config(cfg)
+        trained_on = list(teacher_cfg.DATASETS.TRAIN)
+        files = {entry[0]: entry[1] for entry in teacher_cfg.DATASETS.COCO_FORMAT}
+    if not trained_on:
+        return "", ()
+    name = trained_on[0]
+    if name in files and files[name] != own_files.get(name):
+        return name, _classes_in(resolve_path(files[name]))
+    if name in summaries:
+        return name, summaries[name].classes
+    if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
+        return name, tuple(MetadataCatalog.get(name).thing_classes)
+    return name, ()
+
+
+def _classes_in(json_file: str) -> tuple[str, ...]:
+    # The teacher's data need not be here, nor be sound: then there is nothing to compare with.
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            categories = json.load(file)["categories"]
+        return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return ()

@@ -1,0 +1,60 @@
+"""Does the config name parts that exist, and a meta-architecture that distils?"""
+
+from detectron2.config import CfgNode
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    StandardROIHeads,
+)
+
+from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.modeling.distilled_rcnn import DistillationMixin
+
+
+def check_meta_architecture(cfg: CfgNode) -> None:
+    """Refuses ``KD.DISTILLERS`` on a detector that would train without them, and unknown parts.
+
+    Raises:
+        ConfigError: naming ``MODEL.META_ARCHITECTURE``, or the part's key, and the fix.
+    """
+    _check_parts(cfg)
+    name = cfg.MODEL.META_ARCHITECTURE
+    known = {key: cls for key, cls in META_ARCH_REGISTRY if isinstance(cls, type)}
+    if name not in META_ARCH_REGISTRY:
+        raise ConfigError(f"MODEL.META_ARCHITECTURE is '{name}'{did_you_mean(name, known)}")
+    if not (cfg.KD.ENABLED and cfg.KD.DISTILLERS):
+        return
+    if name in known and not issubclass(known[name], DistillationMixin):
+        distilled = [key for key, cls in known.items() if issubclass(cls, DistillationMixin)]
+        raise ConfigError(
+            f"KD.DISTILLERS is {list(cfg.KD.DISTILLERS)} but MODEL.META_ARCHITECTURE is '{name}', "
+            f"which distils nothing; set it to one of {', '.join(sorted(distilled))}, or "
+            "KD.ENABLED False"
+        )
+
+
+def _check_parts(cfg: CfgNode) -> None:
+    """Refuses parts of the detector that are not registered, and heads that it needs and lacks."""
+    heads = cfg.MODEL.ROI_HEADS.NAME
+    standard = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
+    needed = isinstance(standard, type) and issubclass(standard, StandardROIHeads)
+    for node, registry, used in (
+        ("BACKBONE", BACKBONE_REGISTRY, True),
+        ("ANCHOR_GENERATOR", ANCHOR_GENERATOR_REGISTRY, True),
+        ("PROPOSAL_GENERATOR", PROPOSAL_GENERATOR_REGISTRY, False),
+        ("ROI_HEADS", ROI_HEADS_REGISTRY, False),
+        ("ROI_BOX_HEAD", ROI_BOX_HEAD_REGISTRY, needed),
+        ("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY, needed and cfg.MODEL.MASK_ON),
+        ("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY, needed and cfg.MODEL.KEYPOINT_ON),
+    ):
+        name, known = cfg.MODEL[node].NAME, [key for key, _ in registry]
+        if name in registry or name == "PrecomputedProposals" or not (name or used):
+            continue
+        what = f"is '{name}'" if name else "is empty, and the detector needs one"
+        raise ConfigError(f"MODEL.{node}.NAME {what}{did_you_mean(name, known)}")

@@ -1,0 +1,67 @@
+"""Can the evaluation that ``DATASETS.TEST`` and ``TEST.AUG`` ask for be run after the training?"""
+
+import importlib.util
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
+
+from kd_detectron.errors import ConfigError
+
+EVALUATOR_TYPES = ("coco", "coco_panoptic_seg", "lvis", "pascal_voc", "sem_seg")
+# What Detectron2's evaluators import when they run, and what to give to pip for it.
+_EVALUATION_PACKAGES = {
+    "coco_panoptic_seg": ("panopticapi", "git+https://github.com/cocodataset/panopticapi.git"),
+    "lvis": ("lvis", "lvis"),
+}
+
+
+def check_evaluation(cfg: CfgNode) -> None:
+    """Refuses, before training, an evaluation that would fail after it.
+
+    Args:
+        cfg: a whole config, its ``DATASETS.COCO_FORMAT`` registered.
+
+    Raises:
+        ConfigError: there is no evaluator for a dataset, it needs a package that is missing, or
+            there is no test-time augmentation for the detector.
+    """
+    for name in cfg.DATASETS.TEST:
+        if name in DatasetCatalog:
+            evaluator_type(name)
+    if cfg.TEST.AUG.ENABLED:
+        _check_augmentation(cfg)
+
+
+def _check_augmentation(cfg: CfgNode) -> None:
+    name = cfg.MODEL.META_ARCHITECTURE
+    architecture = META_ARCH_REGISTRY.get(name)
+    if not issubclass(architecture, GeneralizedRCNN) or issubclass(architecture, PanopticFPN):
+        raise ConfigError(
+            f"TEST.AUG.ENABLED is True but MODEL.META_ARCHITECTURE is {name}, and Detectron2's "
+            "test-time augmentation is for the boxes and masks of R-CNN models; set "
+            "TEST.AUG.ENABLED False"
+        )
+    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
+        if cfg.MODEL[key]:
+            raise ConfigError(
+                f"TEST.AUG.ENABLED is True and MODEL.{key} is True, which Detectron2's test-time "
+                "augmentation does not support; set TEST.AUG.ENABLED False"
+            )
+
+
+def evaluator_type(dataset_name: str) -> str:
+    """The dataset's ``evaluator_type``, one of :data:`EVALUATOR_TYPES` that can be used here."""
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind not in EVALUATOR_TYPES:
+        raise ConfigError(
+            f"DATASETS.TEST names '{dataset_name}', whose evaluator type is '{kind}'; known are "
+            f"{', '.join(EVALUATOR_TYPES)}: override DistillationTrainer.build_evaluator for others"
+        )
+    package, source = _EVALUATION_PACKAGES.get(kind, (None, None))
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ConfigError(
+            f"DATASETS.TEST names '{dataset_name}' of evaluator type '{kind}', which Detectron2 "
+            f"evaluates with the package {package}, which is not installed: pip install {source}"
+        )
+    return kind

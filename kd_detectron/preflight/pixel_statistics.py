@@ -1,0 +1,174 @@
+"""Are images normalised by the mean and standard deviation that belong to them?
+
+Images in one channel order with the statistics of the other, as in the release of the papers, or
+with those of images in 0..1, train without an error, to some points of AP less. The same holds for
+pretrained weights that saw other statistics. All of it is a warning: own data may have any.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+IMAGENET_MEAN = {"RGB": (123.675, 116.28, 103.53), "BGR": (103.53, 116.28, 123.675)}
+IMAGENET_STD = {"RGB": (58.395, 57.12, 57.375), "BGR": (57.375, 57.12, 58.395)}
+# Variants in use (Caffe's, rounded ones) are within 2 of these; the two orders are 20 apart.
+MEAN_TOLERANCE = 4.0
+# The two orders are 1 apart.
+STD_TOLERANCE = 0.25
+# How far statistics may be from those of pretrained weights.
+PRETRAINED_TOLERANCE = 1.0
+
+
+def pixel_statistics_warning(
+    who: str,
+    input_format: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    format_key: str,
+    mean_key: str,
+    std_key: str,
+) -> str | None:
+    """Returns a sentence if images are normalised by statistics that cannot be theirs.
+
+    That is, by those of images in 0..1, or by ImageNet's in the other channel order. Own data may
+    have any others.
+
+    Args:
+        who: whose images these are, "student" or "teacher".
+        input_format: "BGR" or "RGB".
+        mean, std: what images in 0..255 are normalised by.
+        format_key, mean_key, std_key: the config keys of the three.
+    """
+    shown_mean, shown_std = _rounded(mean), _rounded(std)
+    if _of_images_up_to_one(mean, std):
+        mean, std = ([value * 255 for value in values] for values in (mean, std))
+        fix = f"multiply both by 255, to {_rounded(mean)} and {_rounded(std)}"
+        order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
+        if order not in (None, input_format):
+            fix += f" and, since that is ImageNet's mean in {order} order, reverse them"
+        return (
+            f"{mean_key} {shown_mean} and {std_key} {shown_std} of the {who} are those of images "
+            f"in 0..1, but images are in 0..255 here: {fix}"
+        )
+    other = {"RGB": "BGR", "BGR": "RGB"}.get(input_format)
+    if other is None:
+        return None
+    mean_order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
+    std_order = _imagenets_order(std, IMAGENET_STD, STD_TOLERANCE)
+    if mean_order == other:
+        std_too = f" and {std_key} to {shown_std[::-1]}" if std_order == other else ""
+        return (
+            f"{format_key} is {input_format} for the {who}, but {mean_key} {shown_mean} is "
+            f"ImageNet's mean in {other} order: each channel is normalised by another one's "
+            f"statistics. Set {mean_key} to {list(IMAGENET_MEAN[input_format])}{std_too}, or, if "
+            f"the weights were trained on {other} images, set {format_key} to {other}"
+        )
+    if mean_order == input_format and std_order == other:
+        return (
+            f"{format_key} is {input_format} for the {who} and {mean_key} is ImageNet's in that "
+            f"order, but {std_key} {shown_std} is ImageNet's in {other} order. Set {std_key} to "
+            f"{list(IMAGENET_STD[input_format])}, unless the weights were trained as it is"
+        )
+    return None
+
+
+def _of_images_up_to_one(mean: Sequence[float], std: Sequence[float]) -> bool:
+    # A mean of 0 with a standard deviation of 1 leaves the images as they are.
+    small_mean = any(mean) and max(map(abs, mean)) <= 1
+    return small_mean or (len(std) > 0 and max(std) < 1)
+
+
+def _imagenets_order(
+    values: Sequence[float], imagenets: Mapping[str, Sequence[float]], tolerance: float
+) -> str | None:
+    """The channel order in which these are ImageNet's statistics, if they are."""
+    near = [order for order, expected in imagenets.items() if _near(values, expected, tolerance)]
+    return near[0] if near else None
+
+
+def _near(values: Sequence[float], expected: Sequence[float], tolerance: float) -> bool:
+    return len(values) == len(expected) and all(
+        abs(a - b) <= tolerance for a, b in zip(values, expected, strict=True)
+    )
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 3) for value in values]
+
+
+def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
+    """Logs where student or teacher normalise by statistics that cannot be their images'.
+
+    Args:
+        model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
+        wording: turns a warning into the words of the user's config.
+
+    Returns:
+        The warnings.
+    """
+    found = [
+        pixel_statistics_warning(
+            "student",
+            getattr(model, "input_format", None),
+            *_statistics_of(model),
+            format_key="INPUT.FORMAT",
+            mean_key="MODEL.PIXEL_MEAN",
+            std_key="MODEL.PIXEL_STD",
+        )
+    ]
+    teacher = getattr(model, "teacher", None)
+    if teacher is not None:
+        found.append(
+            pixel_statistics_warning(
+                "teacher",
+                teacher.input_format,
+                *_statistics_of(teacher.model),
+                format_key="INPUT.FORMAT of KD.TEACHER.CONFIG_FILE",
+                mean_key="its MODEL.PIXEL_MEAN (by KD.TEACHER.OPTS)",
+                std_key="its MODEL.PIXEL_STD",
+            )
+        )
+    warnings = [wording(warning) for warning in found if warning]
+    for warning in warnings:
+        logger.warning("%s", warning)
+    return warnings
+
+
+def _statistics_of(model) -> tuple[list[float], list[float]]:
+    values = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
+    mean, std = ([] if value is None else value.flatten().tolist() for value in values)
+    return mean, std
+
+
+def warn_of_pretrained_statistics(
+    source: str,
+    trained_mean: Sequence[float],
+    trained_std: Sequence[float],
+    *,
+    input_format: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> None:
+    """Logs if images are not normalised as those that pretrained weights have seen.
+
+    Args:
+        source: where the weights come from, as the warning names it.
+        trained_mean, trained_std: statistics of the weights' images in 0..255, in RGB order; empty
+            where they are not known.
+        input_format: "BGR" or "RGB", the order of the student's images.
+        mean, std: the student's ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``.
+    """
+    order = slice(None, None, -1 if input_format == "BGR" else 1)
+    for key, trained, own in (("MEAN", trained_mean, mean), ("STD", trained_std, std)):
+        expected = list(trained)[order]
+        if expected and not _near(expected, own, PRETRAINED_TOLERANCE):
+            logger.warning(
+                "%s was trained with MODEL.PIXEL_%s %s (for INPUT.FORMAT %s), but it is %s",
+                source,
+                key,
+                _rounded(expected),
+                input_format,
+                _rounded(own),
+            )

@@ -1,0 +1,302 @@
+"""Reads and checks a study file: which runs, with which configs and options, in which folders.
+
+A study file (``configs/studies/*.yaml``; the format is in ``docs/studies.md``) names an output
+folder and its runs, in order::
+
+    output: output/bccd_study
+    defaults: {config: bccd/ckd_reviewkd_r18.yaml, seeds: [1, 2, 3]}
+    runs:
+      - {name: teacher, config: bccd/teacher_r50.yaml, seeds: null}
+      - {name: ckd_reviewkd}
+      - {name: ckd, opts: [KD.DISTILLERS, "['CKD']"]}
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from kd_detectron.config import config_dir, get_config
+from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.runs.files import CONFIG, flatten, is_finished, read_config, read_metrics
+from kd_detectron.runs.run import Run, load_run
+
+STUDY_KEYS = {"output": str, "defaults": dict, "opts": list, "runs": list, "expected": str}
+PART_KEYS = {
+    **{"part_of": str, "only": list, "seeds": list},
+    **{"output": str, "opts": list, "expected": str},
+}
+DEFAULT_KEYS = {"config": str, "seeds": list, "opts": list}
+RUN_KEYS = {"name": str, **DEFAULT_KEYS}
+
+# What may differ between a finished run and its row: it changes nothing that was learnt.
+_MAY_CHANGE = (
+    "CUDNN_BENCHMARK",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.DEVICE",
+    "OUTPUT_DIR",
+    "SOLVER.CHECKPOINT_",
+    "TEST.EVAL_PERIOD",
+    "VERSION",
+    "VIS_PERIOD",
+)
+_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+@dataclass
+class StudyRun:
+    """One training of a study.
+
+    Args:
+        name: what tables and figures call it.
+        config: a config by path or bare name.
+        folder: its output folder.
+        opts: KEY VALUE overrides.
+        max_iter: its iterations.
+        teacher_weights: the checkpoint that it distils from; empty where it does not distil.
+    """
+
+    name: str
+    config: str
+    folder: Path
+    opts: list = field(default_factory=list)
+    max_iter: int = 0
+    teacher_weights: str = ""
+
+    @property
+    def finished(self) -> bool:
+        return is_finished(self.folder)
+
+    def iterations_done(self) -> int:
+        """Iterations so far, from the run's metrics."""
+        done = max((record["iteration"] + 1 for record in read_metrics(self.folder)), default=0)
+        # The last evaluation is recorded one iteration after the last step.
+        return min(done, self.max_iter)
+
+
+@dataclass
+class Study:
+    """A study as read from its file."""
+
+    output: Path
+    runs: list[StudyRun]
+    expected: Path | None = None
+
+    def finished_runs(self) -> dict[str, list[Run]]:
+        """The results of the finished runs (seeds) by name."""
+        results: dict[str, list[Run]] = {}
+        for run in self.runs:
+            if run.finished:
+                results.setdefault(run.name, []).append(load_run(run.folder))
+        return results
+
+
+def load_study(file: str, output: str | None = None) -> Study:
+    """Reads and checks a study file.
+
+    Args:
+        file: its path, or its bare name in ``configs/studies``.
+        output: another output folder than the file's.
+
+    Raises:
+        ConfigError: there is no such file, it is not readable YAML, a key is missing, unknown or of
+            a wrong type, a name or seed is doubled, a placeholder is unknown, a config or option
+            does not exist, or a finished run was trained with other options.
+    """
+    path, content = _read_study(file)
+    folder = Path(output or content["output"])
+    runs = []
+    for entry in content["runs"]:
+        where = f"study '{file}', run '{entry['name']}'"
+        opts = [_fill_in(str(value), folder, where) for value in entry["opts"]]
+        for turn, seed in enumerate(entry["seeds"] or [None]):
+            run = StudyRun(
+                name=entry["name"],
+                config=entry["config"],
+                folder=folder / entry["name"] / ("" if seed is None else f"seed{seed}"),
+                opts=[*opts, *([] if seed is None else ["SEED", str(seed)])],
+            )
+            try:
+                cfg = get_config(run.config, run.opts)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from error
+            run.max_iter = cfg.SOLVER.MAX_ITER
+            if cfg.KD.ENABLED and cfg.KD.DISTILLERS:
+                run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
+            if run.finished:
+                _check_unchanged(run, yaml.safe_load(cfg.dump()), folder, where)
+            runs.append((turn, run))
+    # Every run's first seed, then the second ones: a study that is stopped has a whole table.
+    runs = [run for _, run in sorted(runs, key=lambda pair: pair[0])]
+    expected = path.parent / content["expected"] if "expected" in content else None
+    if expected and not expected.is_file():
+        raise ConfigError(f"study '{file}': expected is {expected}, which is not there")
+    return Study(folder, runs, expected)
+
+
+def _read_study(file: str, parts: tuple[Path, ...] = ()) -> tuple[Path, dict]:
+    """The path and content of a study file, every run with its config, seeds and opts.
+
+    Of a part of a study it is the content of the whole, cut down; ``parts`` are the files that led
+    to this one.
+    """
+    path = Path(file)
+    if not path.is_file():
+        path = config_dir() / "studies" / file
+    if not path.is_file():
+        known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
+        raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
+    where = f"study '{file}'"
+    content = _read_yaml(path, where)
+    if "part_of" in content:
+        _check_keys(content, PART_KEYS, where)
+        if path in parts:
+            raise ConfigError(f"{where} is part_of itself; name the study that it is a part of")
+        return _part(path, content, _read_study(content["part_of"], (*parts, path)), where)
+    _check_keys(content, STUDY_KEYS, where, needed=("output", "runs"))
+    defaults = content.get("defaults", {})
+    _check_keys(defaults, DEFAULT_KEYS, f"{where}, defaults")
+    runs = []
+    for number, entry in enumerate(content["runs"], start=1):
+        if not isinstance(entry, dict):
+            raise ConfigError(
+                f"{where}: run {number} is {entry!r}; write {{name: ..., config: ...}}"
+            )
+        entry = {key: defaults[key] for key in ("config", "seeds") if key in defaults} | entry
+        name = f"{where}, run '{entry.get('name', number)}'"
+        _check_keys(entry, RUN_KEYS, name, needed=("name", "config"))
+        entry["seeds"] = _seeds(entry.get("seeds"), name)
+        opts = (content.get("opts"), defaults.get("opts"), entry.get("opts"))
+        entry["opts"] = [value for values in opts for value in values or []]
+        runs.append(entry)
+    names = [entry["name"] for entry in runs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{where} has {names.count(name)} runs named '{name}'; give each a name of its own"
+            )
+    if not runs:
+        raise ConfigError(f"{where} has no runs; name at least one under runs")
+    return path, content | {"runs": runs}
+
+
+def _part(path: Path, content: dict, whole: tuple[Path, dict], where: str) -> tuple[Path, dict]:
+    """The path and content of a part of a study."""
+    whole_path, whole_content = whole
+    for key in ("opts", "expected"):
+        if key in content and "output" not in content:
+            raise ConfigError(
+                f"{where} has {key} but no output, so its runs would be those of {whole_path}; "
+                "give it an output folder of its own"
+            )
+    names = [entry["name"] for entry in whole_content["runs"]]
+    only = content.get("only", names)
+    for name in only:
+        if name not in names:
+            raise ConfigError(
+                f"{where}: {name} is no run of {whole_path}{did_you_mean(str(name), names)}"
+            )
+    seeds = _seeds(content.get("seeds"), where)
+    runs = [dict(entry) for entry in whole_content["runs"] if entry["name"] in only]
+    for entry in runs:
+        if entry["seeds"] and seeds:
+            kept = [seed for seed in entry["seeds"] if seed in seeds]
+            if not kept:
+                raise ConfigError(
+                    f"{where}: seeds is {seeds}, and '{entry['name']}' of {whole_path} has the "
+                    f"seeds {entry['seeds']}"
+                )
+            entry["seeds"] = kept
+        entry["opts"] = [*entry["opts"], *content.get("opts", [])]
+    if "output" not in content:
+        return whole_path, whole_content | {"runs": runs}
+    # Runs of their own: the whole's expected ranges are not theirs.
+    own = {key: content[key] for key in ("output", "expected") if key in content}
+    return path, {**own, "runs": runs}
+
+
+def _read_yaml(path: Path, where: str) -> dict:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}: {error.problem}" if mark else f": {error}"
+        raise ConfigError(f"{where} is not readable YAML{line}; correct the file") from error
+    if not isinstance(content, dict):
+        what = "is empty" if content is None else f"holds a {type(content).__name__}"
+        raise ConfigError(f"{where} {what}; a study has the keys output and runs")
+    return content
+
+
+def _check_keys(
+    content: Mapping, known: Mapping[str, type], where: str, *, needed: tuple[str, ...] = ()
+) -> None:
+    """Refuses unknown keys, missing ones, values of a wrong type and opts that are no pairs."""
+    for key, value in content.items():
+        if key not in known:
+            raise ConfigError(f"{where} has an unknown key {key}{did_you_mean(str(key), known)}")
+        if not isinstance(value, known[key]) and not (key == "seeds" and value is None):
+            words = {str: "a text", list: "a list", dict: "a mapping of keys"}
+            raise ConfigError(f"{where}: {key} is {value!r}; it must be {words[known[key]]}")
+    for key in needed:
+        if key not in content:
+            raise ConfigError(f"{where} has no {key}; add it")
+    if len(content.get("opts", [])) % 2:
+        raise ConfigError(
+            f"{where}: opts has {len(content['opts'])} entries; they come in pairs of KEY VALUE"
+        )
+
+
+def _seeds(seeds: list | None, where: str) -> list[int]:
+    for seed in seeds or []:
+        if not isinstance(seed, int) or seed < 0 or seeds.count(seed) > 1:
+            raise ConfigError(
+                f"{where}: seeds is {seeds}; they must be different whole numbers, 0 or more"
+            )
+    return seeds or []
+
+
+def _fill_in(value: str, folder: Path, where: str) -> str:
+    """Puts the study's folder in the place of ``{output}``."""
+    for name in _PLACEHOLDER.findall(value):
+        if name != "output":
+            raise ConfigError(
+                f"{where}: '{value}' has the unknown placeholder {{{name}}}; the one that there is "
+                "is {output}, the study's folder"
+            )
+    return value.replace("{output}", str(folder))
+
+
+def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> None:
+    """Refuses a finished run whose options in the file are not those that it was trained with.
+
+    Keys that only one of the two configs has come from another version and are left out, and so is
+    where the study's folder lies.
+    """
+    trained = read_config(run.folder)
+    own_folder = str(run.folder.relative_to(output))
+    before = _without_home(trained, str(trained.get("OUTPUT_DIR", "")).removesuffix(own_folder))
+    after = _without_home(config, str(run.folder).removesuffix(own_folder))
+    changed = [
+        f"{key} {before[key]} (the file: {after[key]})"
+        for key in sorted(before.keys() & after.keys())
+        if before[key] != after[key] and not key.startswith(_MAY_CHANGE)
+    ]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise ConfigError(
+            f"{where}: the finished run {run.folder} was trained with {', '.join(changed[:3])}"
+            f"{more}; give the row another name or the study another output, or remove the folder "
+            f"to train it again ({run.folder / CONFIG} says what it was trained with)"
+        )
+
+
+def _without_home(config: dict, home: str) -> dict[str, str]:
+    """A config's values by dotted key, paths below ``home`` written relative to "{output}"."""
+    texts = {key: str(value) for key, value in flatten(config).items()}
+    return {
+        key: "{output}/" + text.removeprefix(home) if home and text.startswith(home) else text
+        for key, text in texts.items()
+    }

@@ -1,0 +1,95 @@
+"""PKD, RPNKD, BoxKD and MaskKD: their options, and that they compare what the context holds."""
+
+import pytest
+import torch
+
+from kd_detectron.distillers import ModelSpec, build_distiller
+from kd_detectron.errors import ConfigError
+from kd_detectron.losses import box_kd_loss, mask_kd_loss, pkd_loss, rpn_kd_loss
+
+LEVELS = {"p2": 4, "p3": 8, "p6": 64}
+
+
+def spec(channels=256):
+    return ModelSpec(dict.fromkeys(LEVELS, channels), LEVELS, 3, 16)
+
+
+def only_loss(name, options, context, both=None):
+    both = both or ModelSpec()
+    distiller = build_distiller(name, options, both, both)
+    assert list(distiller.parameters()) == []
+    losses = distiller(context)
+    assert list(losses) == [f"loss_{name.lower()}"]
+    return losses[f"loss_{name.lower()}"]
+
+
+@pytest.mark.parametrize(("max_stride", "count"), [(4, 1), (8, 2), (32, 3)])
+@pytest.mark.parametrize("name", ["PKD"])
+def test_pkd_sums_the_levels_up_to_its_stride(name, max_stride, count, make_context):
+    context = make_context()
+    levels = list(context.student.features)[:count]
+    strides = dict(zip(context.student.features, (4, 8, 16), strict=True))
+    same = ModelSpec(dict.fromkeys(strides, 4), strides)
+    loss = only_loss(name, {"MAX_STRIDE": max_stride}, context, same)
+    maps = [[side.features[x] for x in levels] for side in (context.student, context.teacher)]
+    assert torch.equal(loss, pkd_loss(*maps))
+
+
+def test_pkd_compares_p2_to_p5_by_default_with_the_papers_weight():
+    distiller = build_distiller("PKD", {}, spec(), spec())
+    assert distiller.num_levels == 2 and distiller.default_weight == 6.0
+
+
+def test_pkd_refuses_other_channels_and_strides_that_no_level_has():
+    with pytest.raises(ConfigError, match=r"PKD.*\[256, 256, 256\].*\[128, 128, 128\].*ReviewKD"):
+        build_distiller("PKD", {}, spec(), spec(128))
+    with pytest.raises(ConfigError, match=r"KD.PKD.MAX_STRIDE is 2.*\[4, 8, 64\]"):
+        build_distiller("PKD", {"MAX_STRIDE": 2}, spec(), spec())
+
+
+@pytest.mark.parametrize("anchors", ["sampled", "all"])
+def test_rpnkd_is_its_loss_over_all_levels(anchors, make_context):
+    context = make_context()
+    loss = only_loss("RPNKD", {"ANCHORS": anchors, "DELTA_WEIGHT": 0.5}, context)
+    joined = [
+        torch.cat(list(x.values()), dim=1)
+        for x in (
+            context.student.objectness,
+            context.teacher.objectness,
+            context.student.anchor_deltas,
+            context.teacher.anchor_deltas,
+            context.anchor_labels,
+        )
+    ]
+    assert torch.equal(loss, rpn_kd_loss(*joined, anchors=anchors, delta_weight=0.5))
+
+
+@pytest.mark.parametrize("form", ["teacher", "bounded"])
+def test_boxkd_is_its_loss(form, make_context):
+    context = make_context()
+    loss = only_loss("BoxKD", {"FORM": form, "MARGIN": 0.1}, context)
+    deltas = context.student.box_deltas, context.teacher.box_deltas
+    expected = box_kd_loss(*deltas, context.targets, context.box_targets, 3, form=form, margin=0.1)
+    assert torch.equal(loss, expected)
+
+
+def test_maskkd_is_its_loss(make_context):
+    context = make_context()
+    loss = only_loss("MaskKD", {}, context)
+    masks = context.student.mask_logits, context.teacher.mask_logits
+    assert torch.equal(loss, mask_kd_loss(*masks, context.mask_classes))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("RPNKD", {"ANCHORS": "some"}, "KD.RPNKD.ANCHORS is 'some'"),
+        ("RPNKD", {"DELTA_WEIGHT": -1.0}, "KD.RPNKD.DELTA_WEIGHT is -1.0"),
+        ("BoxKD", {"FORM": "free"}, "KD.BOXKD.FORM is 'free'"),
+        ("BoxKD", {"MARGIN": float("nan")}, "KD.BOXKD.MARGIN is nan"),
+        ("PKD", {"MAX_STRIDE": 4.5}, "KD.PKD.MAX_STRIDE is 4.5"),
+    ],
+)
+def test_impossible_options_are_refused_by_their_config_keys(name, options, words):
+    with pytest.raises(ConfigError, match=words):
+        build_distiller(name, options, spec(), spec())

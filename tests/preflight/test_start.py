@@ -1,0 +1,47 @@
+"""The training command and ``--check`` make the same checks."""
+
+import json
+import logging
+
+import pytest
+from tiny import distilled_cfg, write_tiny_teacher
+
+from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.engine.main import main
+
+
+@pytest.fixture(autouse=True)
+def log_reaches_caplog(monkeypatch):
+    """Detectron2's ``setup_logger``, called by any test before, would keep it from there."""
+    monkeypatch.setattr(logging.getLogger("kd_detectron"), "propagate", True)
+
+
+@pytest.mark.parametrize("command", [["--check"], []])
+def test_both_training_and_check_look_at_class_and_channel_order(tmp_path, capfd, caplog, command):
+    data = make_synthetic(tmp_path / "data", 2, 1, image_size=(64, 64))
+    content = json.loads((data / "train.json").read_text())
+    for category in content["categories"]:
+        category["id"] = 9 - category["id"]
+    (data / "reversed.json").write_text(json.dumps(content))
+    name, opts = f"train_{tmp_path.name}", ["MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)]
+    cfg = distilled_cfg(
+        tmp_path, ["CKD"], [*opts, "INPUT.FORMAT", "RGB", "DATASETS.TRAIN", (name,)]
+    )
+    cfg.DATASETS.COCO_FORMAT = [[name, str(data / "train.json"), str(data / "train")]]
+    cfg.DATASETS.TEST, cfg.OUTPUT_DIR = (), str(tmp_path / "run")
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 1, ()
+    path = tmp_path / "run.yaml"
+    path.write_text(cfg.dump())
+    for file, code, words in (
+        ("train.json", 0, ["INPUT.FORMAT is RGB for the student"]),
+        ("reversed.json", 2, ["class 0 is 'disc'", "'cross'"]),
+    ):
+        entry = [["of_the_teacher", str(data / file), str(data / "train")]]
+        trained_on = ["DATASETS.COCO_FORMAT", entry, "DATASETS.TRAIN", ("of_the_teacher",)]
+        write_tiny_teacher(tmp_path, [*opts, *trained_on])
+        output = ["OUTPUT_DIR", str(tmp_path / file)]
+        assert main(["--config-file", str(path), *command, *output]) == code
+        captured = capfd.readouterr()
+        said = captured.out + captured.err + caplog.text
+        for word in words:
+            assert word in said, said
