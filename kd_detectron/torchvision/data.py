@@ -4,6 +4,8 @@ Classes are numbered from 1 in the order of their category ids; 0 is the backgro
 an object are left out of training, as Detectron2 does; crowd regions and empty boxes as well.
 """
 
+import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -38,7 +40,8 @@ class DetectionData(Dataset):
         transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         if training:
             transforms.insert(1, v2.RandomHorizontalFlip())
-        plain = CocoDetection(str(images), str(annotations), transforms=v2.Compose(transforms))
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress.
+            plain = CocoDetection(str(images), str(annotations), transforms=v2.Compose(transforms))
         categories = sorted(plain.coco.cats.values(), key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self._labels = {category["id"]: i + 1 for i, category in enumerate(categories)}

@@ -56,7 +56,9 @@ def build_detector(
     """
     options = dict(options)
     if sizes := options.pop("anchor_sizes", None):
-        key = "anchor_generator" if name.startswith(("retinanet", "fcos")) else "rpn_anchor_generator"
+        key = (
+            "anchor_generator" if name.startswith(("retinanet", "fcos")) else "rpn_anchor_generator"
+        )
         ratios = (1.0,) if name.startswith("fcos") else (0.5, 1.0, 2.0)
         options[key] = AnchorGenerator(tuple((size,) for size in sizes), (ratios,) * len(sizes))
     known = torchvision.models.list_models(module=detection)

@@ -25,6 +25,7 @@ from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.runs import files
 
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
@@ -174,9 +175,12 @@ class RunFolder(Callback):
     def __init__(self, options: TrainingOptions, start: int):
         self._options = options
         self._folder = Path(options.output)
+        self.evaluated = -1
         self._sums: dict[str, float] = {}
         self._count = 0
-        self._seconds = _seconds_before(self._folder / "metrics.json", start)
+        # Wall time of the training up to iteration ``start``, as its metrics say.
+        seconds = (x.get("elapsed", 0.0) for x in files.read_metrics(self._folder))
+        self._seconds = max(seconds, default=0.0)
 
     def on_train_start(self, trainer, module):
         self._begun = time.monotonic()
@@ -200,12 +204,14 @@ class RunFolder(Callback):
             for task, scores in module.results.items()
             for key, value in scores.items()
         }
+        self.evaluated = trainer.global_step
         # As Detectron2 does: the last evaluation is logged one iteration after the last step.
         iteration = trainer.global_step - (not self._is_last(trainer))
         self._write(trainer, iteration, metrics)
 
-    def on_train_end(self, trainer, module):
-        if not trainer.is_global_zero or trainer.global_step < self._options.iterations:
+    def write_result(self, trainer, module) -> None:
+        """Writes the plain student's weights and ``result.json``."""
+        if not trainer.is_global_zero:
             return
         student, teacher = module.model.student, module.model.teacher
         torch.save(student.state_dict(), self._folder / FINAL_WEIGHTS)
@@ -219,7 +225,7 @@ class RunFolder(Callback):
             "config_name": self._folder.name,
             "finished": True,
         }
-        _write_text(self._folder / "result.json", json.dumps(result, indent=2) + "\n")
+        files.write_result(self._folder, result)
 
     def _is_last(self, trainer) -> bool:
         return trainer.global_step >= self._options.iterations
@@ -230,7 +236,7 @@ class RunFolder(Callback):
     def _write(self, trainer, iteration: int, values: dict) -> None:
         if trainer.is_global_zero:
             line = {"iteration": iteration, "elapsed": self._elapsed(), **values}
-            with open(self._folder / "metrics.json", "a", encoding="utf-8") as file:
+            with open(self._folder / files.METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 
@@ -249,10 +255,12 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
         NonFiniteLossError: a loss became NaN or infinite.
     """
     folder = Path(options.output)
-    if (folder / "result.json").is_file() and resume:
-        return json.loads((folder / "result.json").read_text(encoding="utf-8"))["results"]
-    if (folder / "metrics.json").is_file() and not resume:
+    if resume and files.is_finished(folder):
+        return files.read_result(folder)["results"]
+    if not resume and (folder / files.METRICS).is_file():
         raise ConfigError(f"{folder} holds a run; give --resume to go on, or another --output")
+    # Lightning's remarks on hardware and its other products.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     masks = options.student.startswith("maskrcnn")
     data = DetectionData(*options.train, training=True, masks=masks)
     val = DetectionData(*options.val, training=False, masks=masks)
@@ -265,10 +273,11 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     model = build_model(options, len(data.class_names))
     folder.mkdir(parents=True, exist_ok=True)
     config = options.config(len(data.class_names))
-    _write_text(folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    _write_text(folder / files.CONFIG, yaml.safe_dump(config, sort_keys=False))
     checkpoint = folder / LAST_CHECKPOINT
     start = _iteration_of(checkpoint) if checkpoint.is_file() else 0
-    _forget_metrics_from(folder / "metrics.json", start)
+    _forget_metrics_from(folder, start)
+    run_folder = RunFolder(options, start)
     trainer = lightning.Trainer(
         accelerator=options.accelerator,
         devices=options.devices if options.devices == "auto" else int(options.devices),
@@ -284,7 +293,7 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
         enable_progress_bar=os.isatty(2),
         default_root_dir=folder,
         callbacks=[
-            RunFolder(options, start),
+            run_folder,
             ModelCheckpoint(
                 folder / "checkpoints",
                 every_n_train_steps=options.checkpoint_period,
@@ -298,9 +307,13 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*mid-epoch.*|.*resumable.*")
+        warnings.filterwarnings("ignore", ".*LeafSpec.*")
         trainer.fit(module, ckpt_path=checkpoint if start else None)
     if trainer.interrupted or trainer.global_step < options.iterations:
         raise KeyboardInterrupt
+    if run_folder.evaluated != trainer.global_step:
+        trainer.validate(module, verbose=False)
+    run_folder.write_result(trainer, module)
     return module.results
 
 
@@ -342,10 +355,7 @@ def detector_of_run(folder: str | Path) -> tuple[str, dict, int]:
     Raises:
         ConfigError: it is no run folder of this command.
     """
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is not a run folder: it holds no config.yaml")
-    model = yaml.safe_load(path.read_text(encoding="utf-8"))["MODEL"]
+    model = files.read_config(folder)["MODEL"]
     if "DETECTOR" not in model.get("TORCHVISION", {}):
         raise ConfigError(f"{folder} is not a run of torchvision's detectors; name one that is")
     node = model["TORCHVISION"]
@@ -361,20 +371,12 @@ def _iteration_of(checkpoint: Path) -> int:
         ) from error
 
 
-def _forget_metrics_from(path: Path, start: int) -> None:
+def _forget_metrics_from(folder: Path, start: int) -> None:
     """Drops the lines that an interrupted run logged after its last checkpoint."""
-    if path.is_file():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
-        kept = [line for line in lines if json.loads(line)["iteration"] < start]
-        _write_text(path, "".join(line + "\n" for line in kept))
-
-
-def _seconds_before(path: Path, start: int) -> float:
-    """Wall time of the training up to iteration ``start``, as its metrics say."""
-    if not path.is_file():
-        return 0.0
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return max((x.get("elapsed", 0.0) for x in lines if x["iteration"] < start), default=0.0)
+    kept = [record for record in files.read_metrics(folder) if record["iteration"] < start]
+    if (folder / files.METRICS).is_file():
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        _write_text(folder / files.METRICS, text)
 
 
 def _count_parameters(model: nn.Module) -> int:

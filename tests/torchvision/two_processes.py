@@ -52,7 +52,8 @@ def main(output, rank, world_size):
     mark = next(model.teacher.model.parameters())
     mark.data += rank  # Were the teacher broadcast, both would have the first process's.
     images, targets = images_and_targets()
-    losses = DistributedDataParallel(model)(images[rank : rank + 1], targets[rank : rank + 1])
+    distributed = DistributedDataParallel(model)
+    losses = distributed(images[rank : rank + 1], targets[rank : rank + 1])
     mark.data -= rank
     sum(losses.values()).backward()
     torch.save({"gradients": gradients(model), "mark": mark.clone()}, f"{output}/{rank}.pt")
