@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher
+from kd_detectron.runs.tables import build_table, load_teacher_result
 from kd_detectron.visualize.ap import plot_ap
 from kd_detectron.visualize.curves import plot_curves
 
@@ -68,7 +68,7 @@ def run_demo(output: str | Path, data: str | Path, *, iterations: int | None = N
 def write_report(output: Path, runs: Mapping[str, TrainingOptions]) -> str:
     """Writes results.md, results.csv, ap.png, curves.png, predictions.png; returns the table."""
     finished = {name: load_run(options.output) for name, options in runs.items()}
-    teacher = load_teacher(finished.pop(TEACHER).path)
+    teacher = load_teacher_result(finished.pop(TEACHER).path)
     names = {run.path: name for name, run in finished.items()}
     table = build_table(list(finished.values()), teachers=[teacher], names=names)
     (output / "results.md").write_text(table.markdown() + "\n", encoding="utf-8")
