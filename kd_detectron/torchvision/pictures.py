@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import nn
-from torchvision.transforms.v2 import functional as transforms
-from torchvision.utils import draw_bounding_boxes
 
 from kd_detectron.visualize.figures import PALETTE, new_figure, save_figure
 
 from .data import DetectionData
 
-_PANEL_PIXELS = 480
 _PANEL_INCHES = 3.2
 
 
@@ -46,8 +45,7 @@ def draw_detections(
             found = [model([image])[0] for model in models.values()]
         kept = [{k: x[k][x["scores"] >= score_threshold] for k in x} for x in found]
         for panel, objects in zip(row, [target, *kept], strict=True):
-            panel.imshow(_drawn(image, objects, data.class_names).permute(1, 2, 0).numpy())
-            panel.set(xticks=[], yticks=[])
+            _draw(panel, image, objects, data.class_names)
         row[0].set_ylabel(data.file_names[number], fontsize=8)
     for panel, title in zip(axes[0], columns, strict=True):
         panel.set_title(title, fontsize=12)
@@ -55,17 +53,18 @@ def draw_detections(
     return save_figure(figure, path)
 
 
-def _drawn(image: torch.Tensor, objects: Mapping, class_names: Sequence[str]) -> torch.Tensor:
-    """The image, enlarged, with boxes, class names and scores on it: (3, H, W) uint8."""
-    scale = _PANEL_PIXELS / image.shape[-1]
-    size = [round(side * scale) for side in image.shape[-2:]]
-    pixels = transforms.to_dtype(transforms.resize(image, size), torch.uint8, scale=True)
-    if not len(objects["boxes"]):
-        return pixels
-    labels = [class_names[number - 1] for number in objects["labels"].tolist()]
-    colours = [PALETTE[number % len(PALETTE)] for number in objects["labels"].tolist()]
-    if "scores" in objects:
-        scores = objects["scores"].tolist()
-        labels = [f"{name} {100 * x:.0f}" for name, x in zip(labels, scores, strict=True)]
-    boxes = objects["boxes"] * scale
-    return draw_bounding_boxes(pixels, boxes, labels, colours, width=3)
+def _draw(axes: Axes, image: torch.Tensor, objects: Mapping, class_names: Sequence[str]) -> None:
+    """Draws an image and boxes with class names and scores on it."""
+    axes.imshow(image.permute(1, 2, 0).numpy())
+    axes.set(xticks=[], yticks=[])
+    for index, (x0, y0, x1, y1) in enumerate(objects["boxes"].tolist()):
+        number = int(objects["labels"][index])
+        colour = PALETTE[number % len(PALETTE)]
+        label = class_names[number - 1]
+        if "scores" in objects:
+            label += f" {100 * float(objects['scores'][index]):.0f}"
+        axes.add_patch(
+            Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=2)
+        )
+        box = {"facecolor": colour, "edgecolor": "none", "pad": 1}
+        axes.text(x0, y0, label, fontsize=7, color="white", bbox=box, clip_on=True)
