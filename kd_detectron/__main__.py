@@ -1,11 +1,13 @@
-"""``python -m kd_detectron``: lists the configs, the distillers and the model zoo's teachers.
+"""``python -m kd_detectron``: lists what there is, and runs the commands without ``tools/``.
 
-Each list is what its config key or argument takes, with the one line that its author wrote: a
-config's first comment, the first line of a distiller's docstring.
+Without a command it lists the configs, the distillers and the model zoo's teachers: what the config
+key or argument takes, with a config's first comment or the first line of a distiller's docstring.
+``python -m kd_detectron train ...`` is ``tools/train_net.py ...``, for installations by pip.
 """
 
 import argparse
 import ast
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -18,12 +20,24 @@ from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.modeling.teacher_loading import zoo_configs
 
 KINDS = ("configs", "distillers", "teachers")
+# Modules whose ``main`` takes the rest of the command line; each is also a file in ``tools/``.
+COMMANDS = {
+    "train": "kd_detectron.engine.main",
+    "train_lazy": "kd_detectron.engine.lazy",
+    "export": "kd_detectron.checkpoint.traced_export",
+    "study": "kd_detectron.studies.study",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints what was asked for; returns the exit code."""
+    """Prints what was asked for, or runs a command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m kd_detectron", description=f"kd_detectron {__version__}: what there is."
+        prog="python -m kd_detectron",
+        description=f"kd_detectron {__version__}: what there is, and its commands.",
+        epilog=f"commands: {', '.join(COMMANDS)}; python -m kd_detectron COMMAND --help",
     )
     parser.add_argument(
         "kinds", nargs="*", metavar="KIND", help=f"{', '.join(KINDS)} (default: all three)"
@@ -31,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for kind in args.kinds:
         if kind not in KINDS:
-            parser.error(f"'{kind}' is none of {', '.join(KINDS)}")
+            parser.error(f"'{kind}' is none of {', '.join(KINDS)} and no command")
     lists = {"configs": configs, "distillers": distillers, "teachers": teachers}
     print("\n\n".join(lists[kind]() for kind in args.kinds or KINDS))
     return 0
@@ -50,8 +64,8 @@ def configs() -> str:
     # Those of the main folder first.
     rows.sort(key=lambda row: (row[0].count("/"), row[0]))
     return (
-        "Configs: tools/train_net.py --config-file NAME "
-        f"(lazy/: tools/lazyconfig_train_net.py)\n{_table(rows)}"
+        "Configs: python -m kd_detectron train --config-file NAME "
+        f"(lazy/: train_lazy)\n{_table(rows)}"
     )
 
 

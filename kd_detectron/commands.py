@@ -1,6 +1,7 @@
 """What the commands in ``tools/`` share: ``--import``, exit codes, a mistake as one sentence."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -35,19 +36,59 @@ def import_user_code(name: str) -> None:
     """Imports a module by name, or a ``.py`` file by path.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file or module, it cannot be run, or the file's name is that
+            of another module, which it would replace.
     """
-    if not name.endswith(".py"):
-        importlib.import_module(name)
-        return
-    path = Path(name)
+    try:
+        if name.endswith(".py"):
+            _import_file(Path(name))
+        else:
+            importlib.import_module(name)
+    except ConfigError:
+        raise
+    except Exception as error:  # Any Python error: the file is a program.
+        raise ConfigError(
+            f"--import '{name}' cannot be imported ({type(error).__name__}: {error}); give a .py "
+            "file or the name of an installed module, and try it alone with python first"
+        ) from error
+
+
+def _import_file(path: Path) -> None:
     if not path.is_file():
-        raise ConfigError(f"--import '{name}' is not a file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+        raise ConfigError(f"--import '{path}' is not a file")
+    name, known = path.stem, None
+    with contextlib.suppress(ImportError, ValueError):  # It is the name of no module.
+        known = importlib.util.find_spec(name)
+    if known and known.origin and Path(known.origin).resolve() != path.resolve():
+        raise ConfigError(
+            f"--import '{path}' would replace the module '{name}' ({known.origin}); rename the file"
+        )
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     # Registered by name first, so that its classes can be pickled.
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: list[str] | None = None
+) -> argparse.Namespace:
+    """``parser.parse_args`` for a command that ends in ``KEY VALUE`` overrides, ``args.opts``.
+
+    An option among the overrides ends the program with exit code 2 and one sentence.
+    """
+    args = parser.parse_args(argv)
+    late = [opt for opt in args.opts if opt.startswith("--")]
+    if late:
+        parser.exit(
+            USER_ERROR_EXIT_CODE,
+            f"error: {late[0]} stands after KEY VALUE overrides; options go before them\n",
+        )
+    return args
 
 
 def exit_code(work: Callable[[], None]) -> int:

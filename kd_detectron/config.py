@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 
 from kd_detectron.backbones.config import add_backbone_config
@@ -85,6 +86,13 @@ def add_kd_config(cfg: CfgNode) -> None:
     # How many periodic checkpoints stay on disk, the newest ones; 0: all. A resume falls back to an
     # older one where the last cannot be read, so keep two at least.
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
+    # Averaged weights: an exponential moving average of the student's weights (its BatchNorm
+    # statistics are copied) is what is evaluated, kept as best checkpoint and exported.
+    cfg.SOLVER.EMA = CN()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the old average in the new one after a step, smaller over the first ones:
+    # min(DECAY, (1 + t) / (10 + t)) after t steps.
+    cfg.SOLVER.EMA.DECAY = 0.999
     # "fp16" (with loss scaling) or "bf16", where SOLVER.AMP.ENABLED.
     cfg.SOLVER.AMP.PRECISION = "fp16"
 
@@ -167,7 +175,30 @@ def get_config(name: str, opts: Sequence = ()) -> CfgNode:
     add_kd_config(cfg)
     merge_file(cfg, path)
     merge_opts(cfg, list(opts), source="the command line")
+    check_resnet(cfg)
     return cfg
+
+
+def check_resnet(cfg: CfgNode) -> None:
+    """Refuses keys of ``MODEL.RESNETS`` for which Detectron2 builds no ResNet.
+
+    Raises:
+        ConfigError: naming the key and its value.
+    """
+    resnets = cfg.MODEL.RESNETS
+    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
+        return
+    if resnets.DEPTH not in (18, 34, 50, 101, 152):
+        raise ConfigError(
+            f"MODEL.RESNETS.DEPTH is {resnets.DEPTH}; give one of 18, 34, 50, 101, 152"
+        )
+    needed = {"RES2_OUT_CHANNELS": 64, "RES5_DILATION": 1, "NUM_GROUPS": 1}
+    for key, value in needed.items() if resnets.DEPTH < 50 else ():
+        if resnets[key] != value:
+            raise ConfigError(
+                f"MODEL.RESNETS.DEPTH is {resnets.DEPTH} and MODEL.RESNETS.{key} is "
+                f"{resnets[key]}; ResNet-18 and ResNet-34 need MODEL.RESNETS.{key} {value}"
+            )
 
 
 def load_run_config(path: str | os.PathLike) -> CfgNode:
@@ -193,10 +224,16 @@ def load_run_config(path: str | os.PathLike) -> CfgNode:
 
 
 def merge_file(cfg: CfgNode, path: str) -> None:
-    """``cfg.merge_from_file`` whose errors name the key, the file and the near keys."""
-    # Folders of earlier runs have this node, empty.
+    """``cfg.merge_from_file`` without Python tags, whose errors name file, key and near keys.
+
+    Raises:
+        ConfigError: the file or a ``_BASE_`` of it is missing or unreadable, has an unknown key, a
+            value of the wrong type, or a tag that can run code.
+    """
+    # Folders of runs of 0.1.0 have this node, empty.
     cfg.KD.OPTIONS = CN(new_allowed=True)
     try:
+        _WithoutPythonTags.load_yaml_with_base(path)
         cfg.merge_from_file(path)
     except FileNotFoundError as error:
         known = config_dir() / os.path.basename(error.filename)
@@ -209,6 +246,12 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         where = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or str(error).partition("\n")[0]
         line = f" (line {where.line + 1}: {what})" if where else f" ({what})"
+        if _PYTHON_TAG in what:
+            tag = what.partition(_PYTHON_TAG)[2].rstrip("'")
+            raise ConfigError(
+                f"{where.name} has the tag !!python/{tag} in line {where.line + 1}, which can run "
+                "code when the file is read; write plain YAML values"
+            ) from error
         raise ConfigError(f"{path} is not readable YAML{line}; correct the file") from error
     except (AttributeError, TypeError) as error:
         raise ConfigError(
@@ -221,6 +264,23 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         options = cfg.KD.pop("OPTIONS")
     for name in options:
         raise ConfigError(_options_replaced(path, f"KD.OPTIONS.{name}"))
+
+
+_PYTHON_TAG = "tag:yaml.org,2002:python/"
+
+
+class _WithoutPythonTags(CfgNode):
+    """Reads a file and its ``_BASE_`` files safely; trusts those of the model zoo, some have tags.
+
+    ``CfgNode.merge_from_file`` falls back to ``yaml.unsafe_load`` for all of them.
+    """
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict:
+        zoo = Path(model_zoo.__file__).with_name("configs").resolve()
+        if Path(filename).resolve().is_relative_to(zoo):
+            return {}
+        return super().load_yaml_with_base(filename, allow_unsafe=False)
 
 
 def merge_opts(cfg: CfgNode, opts: list, *, source: str) -> None:

@@ -309,7 +309,7 @@ def label_images(
     batch_size: int = 4,
     workers: int = 2,
     progress: bool = True,
-) -> dict[str, int]:
+) -> dict:
     """Labels images and writes them as a COCO-format file.
 
     Args:
@@ -324,7 +324,8 @@ def label_images(
         progress: show a progress bar.
 
     Returns:
-        Counts: "images" labelled, "empty" of them, "annotations", "skipped" unreadable images.
+        Counts: "images" labelled, "empty" of them, "annotations", "skipped" unreadable images, and
+        the annotations of each class by its name under "classes".
 
     Raises:
         ConfigError: the output exists, the partial file is of other settings, no image can be
@@ -455,7 +456,7 @@ def _read_partial(path: str, settings: dict) -> dict[str, dict]:
     return {record["file_name"]: record for record in lines[1:]}
 
 
-def _write_coco(records: list[dict], output: str, settings: dict) -> dict[str, int]:
+def _write_coco(records: list[dict], output: str, settings: dict) -> dict:
     labelled = [record for record in records if "skipped" not in record]
     if not labelled:
         raise ConfigError(
@@ -481,4 +482,8 @@ def _write_coco(records: list[dict], output: str, settings: dict) -> dict[str, i
         "empty": sum(not record["annotations"] for record in labelled),
         "annotations": len(annotations),
         "skipped": len(records) - len(labelled),
+        "classes": {
+            category["name"]: sum(each["category_id"] == category["id"] for each in annotations)
+            for category in settings["categories"]
+        },
     }

@@ -1,4 +1,4 @@
-"""A tiny COCO-format dataset on disk and a config for it, used by all tests of the data part."""
+"""Tiny COCO-format datasets on disk, for all tests, and a config for one."""
 
 import json
 
@@ -6,39 +6,48 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_detectron.config import add_kd_config
 
 
-def _make_coco(num_images=6, *, annotations_per_image=1):
-    """COCO-format content: images alternate between wide and high, classes between two."""
+def coco_content(
+    num_images=6,
+    *,
+    annotations_per_image=1,
+    size=(16, 24),
+    turned=True,
+    classes=("cat", "dog"),
+    box=(2, 3, 8, 6),
+):
+    """COCO-format content: images of ``size`` (height, width), every third turned if ``turned``.
+
+    All annotations of an image have the same box (x, y, width, height), a polygon of the same form,
+    and one class; the classes alternate from image to image.
+    """
+    x, y, width, height = map(float, box)
+    right, bottom = x + width, y + height
     images, annotations = [], []
     for number in range(num_images):
-        width, height = (24, 16) if number % 3 else (16, 24)
-        images.append(
-            {"id": number + 1, "file_name": f"{number}.png", "width": width, "height": height}
-        )
+        rows, columns = size[::-1] if turned and number % 3 == 0 else size
+        file_name = f"{number}.png"
+        images.append({"id": number + 1, "file_name": file_name, "height": rows, "width": columns})
         for _ in range(annotations_per_image):
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number + 1,
-                    "category_id": 1 + number % 2,
-                    "bbox": [2.0, 3.0, 8.0, 6.0],
-                    "area": 48.0,
+                    "category_id": 1 + number % len(classes),
+                    "bbox": [x, y, width, height],
+                    "area": width * height,
                     "iscrowd": 0,
-                    "segmentation": [[2.0, 3.0, 10.0, 3.0, 10.0, 9.0, 2.0, 9.0]],
+                    "segmentation": [[x, y, right, y, right, bottom, x, bottom]],
                 }
             )
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
-    }
+    categories = [{"id": index + 1, "name": name} for index, name in enumerate(classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _write_coco(folder, content):
+def write_coco_files(folder, content):
     """Writes ``content`` and an image of noise for each entry; returns the config's entry."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for image in content["images"]:
@@ -53,24 +62,13 @@ def _write_coco(folder, content):
 @pytest.fixture
 def make_coco():
     """Returns a function that gives COCO-format content."""
-    return _make_coco
+    return coco_content
 
 
 @pytest.fixture
 def write_coco():
     """Returns a function that writes a dataset and gives its DATASETS.COCO_FORMAT entry."""
-    return _write_coco
-
-
-@pytest.fixture(autouse=True)
-def forget_new_datasets():
-    """Detectron2's catalogues are global: names that a test adds are taken out again."""
-    known = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - known:
-        DatasetCatalog.remove(name)
-        if name in MetadataCatalog:
-            MetadataCatalog.remove(name)
+    return write_coco_files
 
 
 @pytest.fixture
@@ -80,7 +78,7 @@ def make_cfg(tmp_path):
     def make(content=None, name="tiny"):
         cfg = get_cfg()
         add_kd_config(cfg)
-        cfg.DATASETS.COCO_FORMAT = [_write_coco(tmp_path / name, content or _make_coco())]
+        cfg.DATASETS.COCO_FORMAT = [write_coco_files(tmp_path / name, content or coco_content())]
         cfg.DATASETS.TRAIN = (name,)
         cfg.DATASETS.TEST = (name,)
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2

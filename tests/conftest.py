@@ -15,7 +15,7 @@ import pytest
 
 DETECTRON2_IS_MISSING = importlib.util.find_spec("detectron2") is None
 
-deselected: set[str] = set()
+slow: set[str] = set()
 files_without_detectron2: set[Path] = set()
 
 
@@ -109,12 +109,12 @@ def _test_functions(file: Path) -> int:
 
 
 def pytest_deselected(items):
-    deselected.update(item.nodeid for item in items)
+    slow.update(item.nodeid for item in items if item.get_closest_marker("slow"))
 
 
 def pytest_sessionfinish(session):
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["deselected"] = sorted(deselected)
+        session.config.workeroutput["slow"] = sorted(slow)
         files = [str(file) for file in sorted(files_without_detectron2)]
         session.config.workeroutput["files_without_detectron2"] = files
 
@@ -122,7 +122,7 @@ def pytest_sessionfinish(session):
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
     output = getattr(node, "workeroutput", {})
-    deselected.update(output.get("deselected", ()))
+    slow.update(output.get("slow", ()))
     files_without_detectron2.update(map(Path, output.get("files_without_detectron2", ())))
 
 
@@ -130,11 +130,8 @@ def pytest_unconfigure(config):
     reporter = config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or hasattr(config, "workerinput"):
         return
-    if deselected:
-        reporter.write_line(
-            f"not run: {len(deselected)} tests left out by -m '{config.option.markexpr}'; "
-            "make test-all runs everything"
-        )
+    if slow:
+        reporter.write_line(f"not run: {len(slow)} tests marked slow; make test-all runs them")
     if files_without_detectron2:
         count = sum(map(_test_functions, files_without_detectron2))
         reporter.write_line(

@@ -1,13 +1,14 @@
 """Run folders as a training leaves them, with numbers that the tests choose."""
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from coco_files import coco_content, write_coco_files
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -86,29 +87,15 @@ def check_picture():
 
 @pytest.fixture
 def tiny_dataset(tmp_path):
-    """Writes six small images with one rectangle each, in COCO format; returns its config entry."""
-    random = np.random.default_rng(0)
-    images, annotations = [], []
-    (tmp_path / "images").mkdir()
-    for number in range(6):
-        image = random.integers(0, 120, (48, 64, 3), dtype=np.uint8)
-        x, y, w, h = 6 + 3 * number, 8, 24, 20
-        image[y : y + h, x : x + w] = 230
-        cv2.imwrite(str(tmp_path / "images" / f"{number}.png"), image)
-        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 48})
-        box = {"image_id": number, "category_id": 1 + number % 3, "bbox": [x, y, w, h]}
-        polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
-        annotations.append(
-            box | {"id": number + 1, "area": w * h, "iscrowd": 0, "segmentation": polygon}
-        )
-    categories = [{"id": i, "name": name} for i, name in ((1, "cat"), (2, "dog"), (3, "hen"))]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (tmp_path / "tiny.json").write_text(json.dumps(content))
-    name = f"tiny_{tmp_path.name}"
-    yield [name, str(tmp_path / "tiny.json"), str(tmp_path / "images")]
-    if name in DatasetCatalog:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+    """Writes six small images with one white object each; returns the config entry."""
+    classes, box = ("cat", "dog", "hen"), (6, 8, 24, 20)
+    content = coco_content(size=(48, 64), turned=False, classes=classes, box=box)
+    entry = write_coco_files(tmp_path / "tiny", content)
+    for path in Path(entry[2]).iterdir():
+        image = cv2.imread(str(path))
+        cv2.rectangle(image, box, (230, 230, 230), thickness=cv2.FILLED)
+        cv2.imwrite(str(path), image)
+    return entry
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 import yaml
+from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import GeneralizedRCNN, build_model
 from tiny import MAIN_ROWS, distilled_cfg
@@ -16,6 +17,8 @@ from kd_detectron.config import config_dir, find_config, list_configs, load_run_
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling import DistilledRCNN
+from kd_detectron.modeling.build import check_weights
+from kd_detectron.modeling.teacher_loading import teacher_config
 from kd_detectron.preflight.resume import check_same_run
 
 DEFAULTS = {
@@ -228,6 +231,12 @@ def test_configs_are_found_by_bare_name_from_any_directory(tmp_path, monkeypatch
         ("ckd_rcnn_r101_r18.yaml", ["KD.CKD.TEMPRATURE", 1], ["KD.CKD.TEMPERATURE"]),
         ("ckd_rcnn_r101_r18.yaml", ["KD.CKD.TEMPERATURE", "warm"], ["KD.CKD.TEMPERATURE", "warm"]),
         ("ckd_rcnn_r101_r18.yaml", ["KD.CKD.TEMPERATURE"], ["pairs"]),
+        (
+            "ckd_rcnn_r101_r18.yaml",
+            ["MODEL.RESNETS.RES2_OUT_CHANNELS", 256],
+            ["MODEL.RESNETS.DEPTH is 18", "MODEL.RESNETS.RES2_OUT_CHANNELS 64"],
+        ),
+        ("ckd_rcnn_r101_r50.yaml", ["MODEL.RESNETS.DEPTH", 20], ["MODEL.RESNETS.DEPTH is 20"]),
     ],
 )
 def test_mistakes_are_answered_with_the_key_and_the_near_names(name, opts, words):
@@ -263,3 +272,49 @@ def test_config_file_that_cannot_be_read_is_answered_in_a_sentence(tmp_path, tex
         get_config(str(tmp_path / "own.yaml"))
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+class RunsCode:
+    """What a malicious file makes, where it is read unsafely."""
+
+    def __init__(self, *args):
+        pytest.fail("code of a YAML file ran")
+
+
+@pytest.mark.parametrize("tag", [f"object/apply:{__name__}.RunsCode", "name:os.system", "tuple"])
+def test_yaml_files_run_no_code(tmp_path, tag):
+    base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
+    base.write_text(f"MODEL:\n  WEIGHTS: !!python/{tag} ['a']\n")
+    own.write_text("_BASE_: base.yaml\n")
+    teacher = ["KD.TEACHER.CONFIG_FILE", str(own), "KD.TEACHER.WEIGHTS", "none"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(base.read_text())
+    for read in (
+        lambda: get_config(str(base)),
+        lambda: get_config(str(own)),
+        lambda: teacher_config(get_config("ckd_rcnn_r101_r18.yaml", teacher)),
+        lambda: load_run_config(tmp_path / "run"),
+    ):
+        with pytest.raises(ConfigError, match=rf"yaml has the tag !!python/{tag} in line 2, .*"):
+            read()
+
+
+def test_tags_in_files_of_the_model_zoo_are_read(tmp_path):
+    zoo = model_zoo.get_config_file("COCO-Detection/retinanet_R_50_FPN_1x.yaml")
+    (tmp_path / "own.yaml").write_text(f"_BASE_: {zoo}\nMODEL: {{RETINANET: {{NUM_CLASSES: 3}}}}\n")
+    cfg = get_config(str(tmp_path / "own.yaml"))
+    assert cfg.MODEL.ANCHOR_GENERATOR.SIZES[0][0] == 32 and cfg.MODEL.RETINANET.NUM_CLASSES == 3
+
+
+def test_teacher_without_distillers_is_said_to_teach_nothing(tmp_path, caplog):
+    build_model(distilled_cfg(tmp_path, []))
+    assert "KD.DISTILLERS is empty: nothing is distilled" in caplog.text
+
+
+def test_weights_given_in_code_are_checked():
+    assert check_weights({"CKD": 0.1}, ["CKD", "KD"]) == {"CKD": 0.1, "KD": 1.0}
+    with pytest.raises(ConfigError, match="distillation_weights names 'ckd', .*did you mean CKD"):
+        check_weights({"ckd": 0.1}, ["CKD"])
+    for weight in (float("nan"), -1, "1"):
+        with pytest.raises(ConfigError, match=r"distillation_weights\['CKD'\] is "):
+            check_weights({"CKD": weight}, ["CKD"])

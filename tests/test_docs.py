@@ -12,7 +12,9 @@ from kd_detectron import add_kd_config
 from kd_detectron.config import find_config
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "datasets" / "README.md"])
+PAGES = sorted(
+    [*(ROOT / "docs").glob("*.md"), ROOT / "datasets" / "README.md", ROOT / "CONTRIBUTING.md"]
+)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 

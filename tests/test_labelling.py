@@ -8,13 +8,12 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.transforms import AugmentationList
 from detectron2.structures import Boxes, Instances
 from tiny import tiny_cfg, write_tiny_teacher
 from torch import nn
 
-from kd_detectron.data import build_train_loader, check_datasets, register_coco_format
+from kd_detectron.data import build_train_loader, register_coco_format
 from kd_detectron.errors import ConfigError
 from kd_detectron.labelling import (
     Labeller,
@@ -23,6 +22,7 @@ from kd_detectron.labelling import (
     label_images,
     parse_thresholds,
 )
+from kd_detectron.preflight.data import check_datasets
 
 TOOL = Path(__file__).parents[1] / "tools" / "label_images.py"
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 5, "name": "white"}, {"id": 9, "name": "plate"}]
@@ -66,15 +66,6 @@ def folder(tmp_path):
     return str(tmp_path / "images")
 
 
-@pytest.fixture(autouse=True)
-def forget_new_datasets():
-    known = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-
-
 def run(model, folder, output, *, images=None, thresholds=("0.5",), **options):
     labeller = Labeller(model, "BGR", AugmentationList([]), ())
     counts = label_images(
@@ -93,6 +84,7 @@ def run(model, folder, output, *, images=None, thresholds=("0.5",), **options):
 
 def test_labels_above_the_threshold_are_written_with_score_and_own_category_ids(folder, tmp_path):
     counts, coco = run(FixedDetector(), folder, tmp_path / "out.json")
+    assert counts.pop("classes") == {"red": 5, "white": 5, "plate": 0}
     assert counts == {"images": 5, "empty": 0, "annotations": 10, "skipped": 0}
     assert [image["file_name"] for image in coco["images"]][-1] == "more/4.png"
     assert coco["images"][0] == {"id": 1, "file_name": "0.png", "height": 48, "width": 64}

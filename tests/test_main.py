@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from kd_detectron.__main__ import main
+from kd_detectron.__main__ import COMMANDS, main
 from kd_detectron.config import find_config, list_configs
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.modeling.teacher_loading import zoo_configs
@@ -43,4 +43,21 @@ def test_unknown_kind_is_answered_with_the_known_ones(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["models"])
     assert stop.value.code == 2
-    assert "'models' is none of configs, distillers, teachers" in capsys.readouterr().err
+    assert (
+        "'models' is none of configs, distillers, teachers and no command"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_commands_run_without_the_tools_folder(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and "usage:" in capsys.readouterr().out
+
+
+def test_deprecations_inside_detectron2_are_not_shown_and_others_are():
+    code = "import kd_detectron, warnings; warnings.warn('own')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stderr.splitlines() if "Warning" in line]
+    assert line.endswith("UserWarning: own")

@@ -7,6 +7,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.structures import BitMasks, Boxes, Instances
 
 from kd_detectron import add_kd_config
+from kd_detectron.distillers import DISTILLER_REGISTRY
 
 NUM_CLASSES = 3
 # The configs of the main job.
@@ -99,6 +100,18 @@ def distilled_cfg(folder, distillers=("CKD", "ReviewKD"), opts: list | None = No
             *(opts or []),
         ]
     )
+
+
+def all_distillers() -> list[str]:
+    """Names of the project's own distillers."""
+    return sorted(n for n, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron."))
+
+
+def every_distiller_cfg(folder, opts: list | None = None) -> CfgNode:
+    """A tiny Mask R-CNN student with all distillers, and a teacher with what they require."""
+    cfg = distilled_cfg(folder, all_distillers(), ["MODEL.MASK_ON", True, *(opts or [])])
+    cfg.KD.TEACHER.OPTS += ["MODEL.MASK_ON", True, "MODEL.FPN.OUT_CHANNELS", 32]
+    return cfg
 
 
 def tiny_batch(sizes=((64, 96), (48, 64)), boxes_per_image=(2, 1), seed: int = 0) -> list[dict]:

@@ -7,7 +7,7 @@ python tools/export_student.py output/ckd_rcnn_r101_r18 exported --format onnx -
 
 import sys
 
-from kd_detectron.checkpoint.traced_export import main
+from kd_detectron.checkpoint.export_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -17,7 +17,7 @@ from detectron2.utils.collect_env import collect_env_info
 
 from kd_detectron.commands import add_import_option, exit_code, import_user_code
 from kd_detectron.profiling import gpu_report
-from kd_detectron.profiling.benchmark import compare_reports, format_report
+from kd_detectron.profiling.report import compare_reports, format_report
 
 PARTS = ("checks", "tables", "teacher")
 

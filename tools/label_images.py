@@ -94,9 +94,11 @@ def label(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         workers=args.workers,
     )
+    classes = ", ".join(f"{name} {count}" for name, count in counts["classes"].items())
     print(
         f"{args.output}: {counts['annotations']} labels on {counts['images']} images "
-        f"({counts['empty']} of them without any), {counts['skipped']} images skipped"
+        f"({counts['empty']} of them without any), {counts['skipped']} images skipped\n"
+        f"labels by class: {classes}"
     )
 
 

@@ -8,14 +8,14 @@ from kd_detectron.checkpoint.checkpointer import (
     UnreadableCheckpointError,
     refuse_misfit,
 )
-from kd_detectron.checkpoint.export import (
+from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_unfinished_files
+from kd_detectron.checkpoint.plain_export import (
     ExportedStudent,
     export_student,
-    find_run,
-    load_student,
+    find_checkpoint,
+    load_plain_student,
     student_config,
 )
-from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_stale_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TORCHVISION_NETWORKS,
     convert_torchvision_state,
@@ -32,10 +32,10 @@ __all__ = [
     "atomic_open",
     "convert_torchvision_state",
     "export_student",
-    "find_run",
-    "load_student",
+    "find_checkpoint",
+    "load_plain_student",
     "refuse_misfit",
-    "remove_stale_files",
+    "remove_unfinished_files",
     "student_config",
     "torchvision_layout",
     "torchvision_url",

@@ -2,7 +2,7 @@
 
 A run's checkpoint holds the student under the names that stock Detectron2 gives it, the distillers'
 own parameters under ``distillers.``, and the trainer's state; never the teacher. What differs from
-``DetectionCheckpointer``, each with a test in ``tests/test_checkpoint.py``:
+``DetectionCheckpointer``, each with a test in ``tests/checkpoint/test_checkpointer.py``:
 
 - a file is complete or not there (:mod:`kd_detectron.checkpoint.files`), and a resumed run whose
   last checkpoint cannot be read continues from the one before it, with a warning;
@@ -18,7 +18,8 @@ own parameters under ``distillers.``, and the trainer's state; never the teacher
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlparse
 
@@ -28,7 +29,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 from torch import nn
 
-from kd_detectron.checkpoint.files import AtomicPathManager, remove_stale_files
+from kd_detectron.checkpoint.files import AtomicPathManager, remove_unfinished_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TorchvisionHandler,
     convert_torchvision_state,
@@ -54,6 +55,8 @@ class DistillationCheckpointer(DetectionCheckpointer):
         incompatible: what the last load could not match: a named tuple of ``missing_keys``,
             ``unexpected_keys`` and ``incorrect_shapes`` (key, shape in file, shape in model); None
             before a load and after one of an empty path.
+        saved_weights: a context in which the model has the weights to write; by default those that
+            it has.
     """
 
     def __init__(
@@ -77,25 +80,41 @@ class DistillationCheckpointer(DetectionCheckpointer):
         self.path_manager = AtomicPathManager(self.path_manager)
         self.weights_key = weights_key
         self.incompatible: _IncompatibleKeys | None = None
+        self.saved_weights: Callable[[], AbstractContextManager] = nullcontext
+        self._tag_last = True
         self._source = weights_key
-        if save_dir and self.save_to_disk:
-            remove_stale_files(save_dir)
+        # Of a run there is one writer: what is unfinished here is a killed one's.
+        if save_dir and self.save_to_disk and checkpointables:
+            remove_unfinished_files(save_dir)
 
-    def save(self, name: str, **kwargs: Any) -> None:
+    def save(self, name: str, *, tag_last: bool = True, **kwargs: Any) -> None:
         """Writes a checkpoint, as Detectron2's does.
+
+        Args:
+            name: of the file, without ``.pth``.
+            tag_last: whether a resume goes on from this one.
+            kwargs: what else to write into it.
 
         Raises:
             NonFiniteLossError: a weight or buffer is NaN or infinite; nothing is written.
             CheckpointWriteError: the file could not be written.
         """
-        if self.save_dir and self.save_to_disk:
-            for key, value in self.model.state_dict().items():
-                if value.is_floating_point() and not torch.isfinite(value).all():
-                    raise NonFiniteLossError(
-                        f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
-                        "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
-                    )
-        super().save(name, **kwargs)
+        if not (self.save_dir and self.save_to_disk):
+            return
+        for key, value in self.model.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteLossError(
+                    f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
+                    "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
+                )
+        self._tag_last = tag_last
+        with self.saved_weights():
+            super().save(name, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Makes a file the one to resume from, unless :meth:`save` was told otherwise."""
+        if self._tag_last:
+            super().tag_last_checkpoint(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Loads a checkpoint; an empty path loads nothing.
@@ -160,6 +179,8 @@ class DistillationCheckpointer(DetectionCheckpointer):
                 continue
             try:
                 self.checkpointables[name].load_state_dict(rest.pop(name))
+            except ConfigError:
+                raise
             except (ValueError, KeyError) as error:
                 raise ConfigError(
                     f"{source} holds a state of the {name} that does not fit this run ({error}):"

@@ -1,26 +1,20 @@
 """Files that are either complete or not there: writing through a temporary file and a rename.
 
-A checkpoint is written to ``.<name>.<host>.<process id>.partial`` in the folder it belongs to,
-flushed to the disk, and renamed to its name. A failed write (disk full, quota, a signal) removes
-the temporary file and leaves whatever stood under that name before; a killed process leaves its
-temporary file behind, which :func:`remove_stale_files` clears when the next run starts.
+A checkpoint is written to ``.<name>.<process id>.partial`` in the folder it belongs to, flushed to
+the disk, and renamed to its name. A failed write (disk full, quota, a signal) removes the temporary
+file and leaves whatever stood under that name before; a killed process leaves its temporary file
+behind, which :func:`remove_unfinished_files` removes when the training goes on.
 
 :class:`AtomicPathManager` puts this under fvcore's ``Checkpointer``, which opens both its
 checkpoints and its ``last_checkpoint`` tag through ``self.path_manager``, so that nothing of
-Detectron2's saving has to be rewritten. Tests: ``tests/test_checkpoint.py``.
+Detectron2's saving has to be rewritten. Tests: ``tests/checkpoint/test_checkpointer.py``.
 """
 
-import logging
+import glob
 import os
-import re
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import IO
-
-_PARTIAL = re.compile(r"^\.(?P<name_and_host>.+)\.(?P<process>\d+)\.partial$")
-_ABANDONED_AFTER_SECONDS = 3600.0
 
 
 class CheckpointWriteError(OSError):
@@ -39,7 +33,7 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
         CheckpointWriteError: it could not be written; the temporary file is gone.
     """
     folder, name = os.path.split(os.path.abspath(path))
-    temporary = os.path.join(folder, f".{name}.{socket.gethostname()}.{os.getpid()}.partial")
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.partial")
     try:
         with open(temporary, mode) as file:
             yield file
@@ -71,46 +65,13 @@ def _sync_folder(folder: str) -> None:
             os.close(descriptor)
 
 
-def remove_stale_files(folder: str) -> list[str]:
-    """Removes the temporary files that killed processes left in ``folder``; returns their names.
+def remove_unfinished_files(folder: str) -> None:
+    """Removes the temporary files that killed processes left in ``folder``.
 
-    A run that is still writing (say, a training whose folder an evaluation also opens) is left
-    alone: a file goes when its process on this machine is gone, or when nothing was written to it
-    for an hour.
+    For the process that alone writes there: those of a living one would go as well.
     """
-    removed = []
-    if not os.path.isdir(folder):
-        return removed
-    for name in sorted(os.listdir(folder)):
-        match = _PARTIAL.match(name)
-        if match is None:
-            continue
-        path = os.path.join(folder, name)
-        with suppress(OSError):
-            written_here = match["name_and_host"].endswith(f".{socket.gethostname()}")
-            if (written_here and not _is_running(int(match["process"]))) or (
-                time.time() - os.path.getmtime(path) > _ABANDONED_AFTER_SECONDS
-            ):
-                os.remove(path)
-                removed.append(name)
-    if removed:
-        logging.getLogger(__name__).info(
-            "removed %d unfinished file(s) of a killed process from %s", len(removed), folder
-        )
-    return removed
-
-
-def _is_running(process: int) -> bool:
-    """Whether another process of this machine has this id; this one has just started."""
-    if process == os.getpid():
-        return False
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    for path in glob.glob(os.path.join(glob.escape(folder), ".*.partial")):
+        os.remove(path)
 
 
 class AtomicPathManager:

@@ -1,10 +1,9 @@
-"""``tools/export_student.py``: the student for plain Detectron2, as TorchScript or as ONNX.
+"""The student as a TorchScript or ONNX file.
 
-``detectron2`` is :func:`kd_detectron.checkpoint.export_student`. ``torchscript`` and ``onnx`` trace
-the student with Detectron2's own ``TracingAdapter`` on an image that the user gives, for any image
-size, and compare what the exported file returns with what the model returns on that image. All
-students of this project trace: Faster, Mask and RetinaNet, also on the added backbones
-(``tests/test_export_tracing.py``).
+It is traced with Detectron2's own ``TracingAdapter`` on an image that the user gives, for any image
+size; what the file returns is compared with what the model returns on that image. All students of
+this project trace: Faster, Mask and RetinaNet, also on the added backbones
+(``tests/checkpoint/test_traced_export.py``).
 
 What is not written here, as tried with torch 2.14. Several images at once: the same adapter traces
 any fixed number of them, of different sizes too, with the model's detections in both formats.
@@ -15,15 +14,16 @@ tracer does not see.
 Both files take one image, (3, H, W) float, 0 to 255, resized, in ``INPUT.FORMAT``'s channel order,
 and return the fields of Detectron2's ``Instances`` in alphabetical order, then the image size (H,
 W): ``pred_boxes`` (D, 4) in pixels of the given image, ``pred_classes`` (D,), ``pred_masks`` (D, 1,
-28, 28) as probabilities inside the box where there is a mask head, and ``scores`` (D,).
+28, 28) as probabilities inside the box where there is a mask head, and ``scores`` (D,). The files
+say so themselves: ONNX in its metadata, TorchScript in the extra file ``metadata.json``
+(:func:`interface`).
 """
 
-import argparse
 import io
+import json
 import logging
 import os
 import warnings
-from collections.abc import Sequence
 
 import torch
 from detectron2.config import CfgNode
@@ -32,28 +32,30 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from kd_detectron.checkpoint import atomic_open, export_student, find_run, load_student
-from kd_detectron.commands import exit_code
+from kd_detectron.checkpoint.files import atomic_open
+from kd_detectron.checkpoint.plain_export import find_checkpoint, load_plain_student
 from kd_detectron.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("detectron2", "torchscript", "onnx")
 _SCORE_TOLERANCE = 1e-3
 _BOX_TOLERANCE = 0.1  # pixels
 
 
-def export_torchscript(src: str, dst: str, image: str, *, cfg: CfgNode | str | None = None) -> str:
+def export_torchscript(
+    src: str, dst: str, image: str, *, checkpoint: str = "final", cfg: CfgNode | str | None = None
+) -> str:
     """Writes a run's student as a traced TorchScript file; see the module for its interface.
 
     Args:
         src: a run's output folder or a checkpoint file.
         dst: the file to write, or a folder, for ``student_final.ts`` in it.
         image: an image file on which the student detects something.
-        cfg: the run's config or the path of it; by default the ``config.yaml`` beside ``src``.
+        checkpoint: which one of a folder: "final", "best" or a file's name in it.
+        cfg: the run's config, its path or its bare name; by default the ``config.yaml`` beside
+            ``src``.
 
     Returns:
         the file written.
@@ -63,12 +65,12 @@ def export_torchscript(src: str, dst: str, image: str, *, cfg: CfgNode | str | N
             traced one detects something else.
     """
     dst = _file(dst, ".ts")
-    adapter, pixels, expected = _trace_ready(src, image, cfg)
+    adapter, pixels, expected, facts = _trace_ready(find_checkpoint(src, checkpoint), image, cfg)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer's remarks on Detectron2's code
         traced = torch.jit.trace(adapter, (pixels,), check_trace=False)
         buffer = io.BytesIO()
-        torch.jit.save(traced, buffer)
+        torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(facts)})
         buffer.seek(0)
         with torch.no_grad():
             found = adapter.outputs_schema(torch.jit.load(buffer)(pixels))
@@ -76,13 +78,15 @@ def export_torchscript(src: str, dst: str, image: str, *, cfg: CfgNode | str | N
     return _write(buffer, dst)
 
 
-def export_onnx(src: str, dst: str, image: str, *, cfg: CfgNode | str | None = None) -> str:
+def export_onnx(
+    src: str, dst: str, image: str, *, checkpoint: str = "final", cfg: CfgNode | str | None = None
+) -> str:
     """Writes a run's student as an ONNX file of standard operators; needs onnx and onnxruntime.
 
     Args, returns and raises as :func:`export_torchscript`; a folder gets ``student_final.onnx``.
     """
     try:
-        import onnx  # noqa: F401  torch's exporter imports it
+        import onnx
         import onnxruntime
     except ImportError as error:
         raise ConfigError(
@@ -90,7 +94,7 @@ def export_onnx(src: str, dst: str, image: str, *, cfg: CfgNode | str | None = N
             " kd_detectron[onnx]"
         ) from error
     dst = _file(dst, ".onnx")
-    adapter, pixels, expected = _trace_ready(src, image, cfg)
+    adapter, pixels, expected, facts = _trace_ready(find_checkpoint(src, checkpoint), image, cfg)
     names = [*sorted(expected.get_fields()), "image_size"]
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -106,6 +110,9 @@ def export_onnx(src: str, dst: str, image: str, *, cfg: CfgNode | str | None = N
             | {name: {0: "detections"} for name in names[:-1]},
             dynamo=False,  # torch.export does not take Detectron2's data-dependent shapes
         )
+    exported = onnx.load_from_string(buffer.getvalue())
+    onnx.helper.set_model_props(exported, facts)
+    buffer = io.BytesIO(exported.SerializeToString())
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     found = session.run(names, {"image": pixels.numpy()})
     found = adapter.outputs_schema(tuple(map(torch.from_numpy, found)))
@@ -125,12 +132,29 @@ def _write(buffer: io.BytesIO, dst: str) -> str:
     return dst
 
 
+def interface(cfg: CfgNode) -> dict[str, str]:
+    """How an exported file is fed and what it returns, as text by key, for the file's metadata."""
+    shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+    return {
+        "input_format": cfg.INPUT.FORMAT,
+        "input": f"one image, (3, H, W) float32, values 0 to 255, channels {cfg.INPUT.FORMAT}; mean"
+        " and standard deviation are applied inside",
+        "min_size_test": str(shortest),
+        "max_size_test": str(longest),
+        "resize": f"before: the shorter side to {shortest} pixels, unless the longer one would then"
+        f" exceed {longest}: the longer one to {longest}",
+        "pred_boxes": "x0, y0, x1, y1 in pixels of the given (resized) image; divide by the factor"
+        " of the resizing for the original one",
+        "pred_classes": "from 0, in the order of the training data's categories",
+    }
+
+
 def _trace_ready(
-    src: str, image: str, cfg: CfgNode | str | None
-) -> tuple[TracingAdapter, torch.Tensor, Instances]:
-    """Returns the student ready to trace, the image (3, H, W), and the model's detections on it."""
-    checkpoint, run_config = find_run(src)
-    cfg, model = load_student(checkpoint, run_config if cfg is None else cfg)
+    checkpoint: str, image: str, cfg: CfgNode | str | None
+) -> tuple[TracingAdapter, torch.Tensor, Instances, dict[str, str]]:
+    """Returns the student ready to trace, the image (3, H, W), the model's detections on it, and
+    what :func:`interface` says."""
+    cfg, model = load_plain_student(checkpoint, cfg)
     pixels = _read_pixels(image, cfg)
     # torch.onnx.export sets back the mode it finds, so that the adapter must be in eval mode too.
     adapter = TracingAdapter(model, [{"image": pixels}], _detect).eval()
@@ -141,7 +165,7 @@ def _trace_ready(
             f"the student detects nothing on --image '{image}', so that nothing can be traced: give"
             " an image with objects that it knows"
         )
-    return adapter, pixels, expected
+    return adapter, pixels, expected, interface(cfg)
 
 
 def _detect(model: nn.Module, inputs: list[dict]) -> list[dict]:
@@ -184,29 +208,3 @@ def _check_same(found: Instances, expected: Instances, dst: str) -> None:
                 f"the export to '{dst}' was not written: it misses the model's detection of class"
                 f" {int(label)} with score {float(score):.4f} at {box.tolist()} on the given image"
             )
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command ``tools/export_student.py``; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="export_student.py",
-        description="Export the student of a run without its distillation.",
-    )
-    parser.add_argument("run", help="a run's output folder, or a checkpoint file in it")
-    parser.add_argument("out", help="the folder or file to write")
-    parser.add_argument("--format", choices=FORMATS, default="detectron2")
-    parser.add_argument("--config-file", help="the run's config, if not config.yaml beside it")
-    parser.add_argument("--image", help="an image with objects, to trace on (torchscript, onnx)")
-    options = parser.parse_args(arguments)
-    setup_logger(name="kd_detectron")
-
-    def export() -> None:
-        if options.format == "detectron2":
-            export_student(options.run, options.out, cfg=options.config_file)
-        elif options.image is None:
-            raise ConfigError(f"--format {options.format} needs --image, an image to trace on")
-        else:
-            traced = export_torchscript if options.format == "torchscript" else export_onnx
-            traced(options.run, options.out, options.image, cfg=options.config_file)
-
-    return exit_code(export)

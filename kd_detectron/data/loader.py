@@ -18,7 +18,8 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -31,10 +32,7 @@ from detectron2.data import (
 )
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError, read_image
-from detectron2.data.samplers import (
-    RepeatFactorTrainingSampler,
-    TrainingSampler,
-)
+from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
 from detectron2.utils.registry import locate
 from detectron2.utils.serialize import PicklableWrapper
@@ -84,7 +82,6 @@ def build_train_loader(
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         max_corrupt_images=cfg.DATALOADER.MAX_CORRUPT_IMAGES,
-        image_format=cfg.INPUT.FORMAT,
     )
 
 
@@ -134,7 +131,6 @@ def build_lazy_train_loader(
         group_by_aspect_ratio=node.get("aspect_ratio_grouping", True),
         num_workers=node.get("num_workers", 0),
         max_corrupt_images=max_corrupt_images,
-        image_format=getattr(mapper, "image_format", "BGR"),
     )
 
 
@@ -167,10 +163,6 @@ class ResumableLoader:
         group_by_aspect_ratio: batches of only wide or only high images.
         num_workers: processes that load images; 0 loads in this one.
         max_corrupt_images: different unreadable images to replace before giving up.
-        image_format: in which unreadable images are tried again, ``INPUT.FORMAT``.
-
-    Attributes:
-        last_file_names: files of the batch given out last, for error messages.
     """
 
     def __init__(
@@ -184,9 +176,7 @@ class ResumableLoader:
         group_by_aspect_ratio: bool = True,
         num_workers: int = 0,
         max_corrupt_images: int = 0,
-        image_format: str = "BGR",
     ):
-        self.last_file_names: list[str] = []
         self._dicts = DatasetFromList(dataset_dicts, copy=False)
         self._groups = [0] * len(dataset_dicts)
         if group_by_aspect_ratio:
@@ -196,7 +186,6 @@ class ResumableLoader:
         self._batch_size = batch_size
         self._num_workers = num_workers
         self._max_corrupt_images = max_corrupt_images
-        self._image_format = image_format
         self._corrupt: set[str] = set()
         self.seek(seed, 0)
 
@@ -208,11 +197,7 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         loader = DataLoader(
             _SeededDataset(
-                self._dicts,
-                self._mapper,
-                seed=self._seed,
-                max_corrupt_images=self._max_corrupt_images,
-                image_format=self._image_format,
+                self._dicts, self._mapper, self._seed, max_corrupt_images=self._max_corrupt_images
             ),
             batch_sampler=_BatchSampler(
                 self._make_sampler(self._seed),
@@ -229,43 +214,37 @@ class ResumableLoader:
         for elements in loader:
             for element in elements:
                 self._note_corrupt(element)
-            self.last_file_names = [element.file_name for element in elements]
             yield [element.data for element in elements]
 
     def _note_corrupt(self, element: "_Element") -> None:
         # Here and not in the workers, so that one count holds whatever their number.
-        for file_name, reason in element.corrupt.items():
+        for file_name, (reason, fix) in element.corrupt.items():
             self._corrupt.add(file_name)
-            if len(self._corrupt) > self._max_corrupt_images:
+            count, most = len(self._corrupt), self._max_corrupt_images
+            if count > most:
                 raise CorruptImageError(
                     f"cannot use image '{file_name}' ({reason}) and DATALOADER.MAX_CORRUPT_IMAGES"
-                    f" is {self._max_corrupt_images}; repair the image, or set"
-                    f" DATALOADER.MAX_CORRUPT_IMAGES to at least {len(self._corrupt)}, and --resume"
+                    f" is {most}; {fix}, or set DATALOADER.MAX_CORRUPT_IMAGES to at least {count},"
+                    " and --resume"
                 )
             logger.warning(
                 "Skipped image '%s' (%s), taking '%s' instead; %d of at most %d such images",
-                file_name,
-                reason,
-                element.file_name,
-                len(self._corrupt),
-                self._max_corrupt_images,
+                *(file_name, reason, element.file_name, count, most),
             )
 
 
 def _sampler_factory(cfg: CfgNode, dataset_dicts: list[dict]) -> Callable[[int], Sampler]:
     name = cfg.DATALOADER.SAMPLER_TRAIN
-    size = len(dataset_dicts)
     if name == "TrainingSampler":
-        return lambda seed: TrainingSampler(size, seed=seed)
+        return lambda seed: TrainingSampler(len(dataset_dicts), seed=seed)
     if name == "RepeatFactorTrainingSampler":
         factors = RepeatFactorTrainingSampler.repeat_factors_from_category_frequency(
             dataset_dicts, cfg.DATALOADER.REPEAT_THRESHOLD, sqrt=cfg.DATALOADER.REPEAT_SQRT
         )
         return lambda seed: RepeatFactorTrainingSampler(factors, seed=seed)
-    known = ["TrainingSampler", "RepeatFactorTrainingSampler"]
     raise ConfigError(
         f"DATALOADER.SAMPLER_TRAIN is '{name}', which cannot be resumed exactly"
-        f"{did_you_mean(name, known)}"
+        + did_you_mean(name, ["TrainingSampler", "RepeatFactorTrainingSampler"])
     )
 
 
@@ -296,28 +275,26 @@ class _BatchSampler:
         self._skip = skip
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        batches: tuple[list, list] = ([], [])
+        return islice(self._batches(), self._skip, None)
+
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        waiting: tuple[list, list] = ([], [])
         rank, world_size = comm.get_rank(), comm.get_world_size()
-        to_skip = self._skip
         for count, index in enumerate(self._sampler):
-            batch = batches[self._groups[index]]
+            batch = waiting[self._groups[index]]
             batch.append((rank + count * world_size, index))
             if len(batch) == self._batch_size:
-                full = batch[:]
+                yield batch[:]
                 batch.clear()
-                if to_skip:
-                    to_skip -= 1
-                else:
-                    yield full
 
 
 @dataclass(frozen=True)
 class _Element:
-    """A mapped image, and what had to be passed over to get it (file name: reason)."""
+    """A mapped image, and what had to be skipped to get it (file name: reason and fix)."""
 
     data: dict | None
     file_name: str
-    corrupt: dict[str, str] = field(default_factory=dict)
+    corrupt: dict[str, tuple[str, str]]
 
 
 class _SeededDataset(Dataset):
@@ -327,23 +304,21 @@ class _SeededDataset(Dataset):
         self,
         dicts: DatasetFromList,
         mapper: Callable[[dict], dict | None],
-        *,
         seed: int,
+        *,
         max_corrupt_images: int,
-        image_format: str,
     ):
         self._dicts = dicts
         self._mapper = PicklableWrapper(mapper)
         self._seed = seed
         self._max_corrupt_images = max_corrupt_images
-        self._image_format = image_format
 
     def __len__(self) -> int:
         return len(self._dicts)
 
     def __getitem__(self, key: tuple[int, int]) -> _Element:
         position, index = key
-        corrupt: dict[str, str] = {}
+        corrupt: dict[str, tuple[str, str]] = {}
         with _seeded(self._seed, position) as choice:
             for _ in range(10 * len(self._dicts)):
                 record = self._dicts[index]
@@ -351,7 +326,7 @@ class _SeededDataset(Dataset):
                 try:
                     data = self._mapper(record)
                 except Exception as error:
-                    corrupt[file_name] = self._unreadable(file_name, error)
+                    corrupt[file_name] = _reason_and_fix(file_name, error)
                     if len(corrupt) > self._max_corrupt_images:
                         return _Element(None, file_name, corrupt)
                     index = (index + 1) % len(self._dicts)
@@ -362,26 +337,23 @@ class _SeededDataset(Dataset):
                 index = choice.randrange(len(self._dicts))
         raise RuntimeError(f"no usable image was found in many tries, the last is '{file_name}'")
 
-    def _unreadable(self, file_name: str, error: Exception) -> str:
-        """Returns why the image cannot be used; raises if the image is not the reason."""
-        if isinstance(error, SizeMismatchError):
-            return str(error)
-        try:
-            read_image(file_name, self._image_format)
-        except Exception as unreadable:
-            return f"{type(unreadable).__name__}: {unreadable}"
-        raise RuntimeError(f"the mapper failed on image '{file_name}'") from error
+
+def _reason_and_fix(file_name: str, error: Exception) -> tuple[str, str]:
+    """Why an image cannot be used, and what to do; raises if the image is not the reason."""
+    if isinstance(error, SizeMismatchError):
+        return str(error), "correct its width and height in the annotation file"
+    try:
+        read_image(file_name)
+    except Exception as unreadable:
+        return f"{type(unreadable).__name__}: {unreadable}", "repair the image"
+    raise RuntimeError(f"the mapper failed on image '{file_name}'") from error
 
 
 @contextmanager
 def _seeded(seed: int, position: int) -> Iterator[random.Random]:
     """Seeds the three global random states inside the block; gives a fourth one of its own."""
     words = np.random.SeedSequence([seed, position]).generate_state(4).tolist()
-    python_state, numpy_state, torch_state = (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-    )
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(words[0])
     np.random.seed(words[1])
     # Not torch.manual_seed, which would also reseed the GPUs that the model draws from.
@@ -389,6 +361,6 @@ def _seeded(seed: int, position: int) -> Iterator[random.Random]:
     try:
         yield random.Random(words[3])
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

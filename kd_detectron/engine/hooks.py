@@ -5,28 +5,30 @@
 - :class:`LossHistory`: the running medians of the losses go on over a resume.
 - :class:`DistillationSchedule`: warm-up, decay and stop of all distillation weights.
 - :class:`TeacherGuard`: the teacher's weights are the same at the end as at the start.
+- :class:`KeepBest`: ``model_best.pth``.
 - :class:`ExportStudent`: ``student_final.pth`` for plain Detectron2.
 - :class:`WriteResult`: ``result.json``, what result tables read.
 - :class:`StopOnSignal`: SIGTERM and SIGINT finish the iteration, write a checkpoint, and stop.
 """
 
+import contextlib
 import logging
 import math
 import os
-import random
 import signal
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import BestCheckpointer
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 
-from kd_detectron.checkpoint import export_student
+from kd_detectron.checkpoint import atomic_open, export_student
 from kd_detectron.commands import INTERRUPTED_EXIT_CODE
 from kd_detectron.errors import ConfigError
-from kd_detectron.runs.files import read_metrics, write_result
+from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, RESULT, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +43,7 @@ class StepSeed(HookBase):
 
     def before_step(self) -> None:
         sequence = np.random.SeedSequence([self.seed, comm.get_rank(), self.trainer.iter])
-        state = int(sequence.generate_state(1)[0])
-        random.seed(state)
-        np.random.seed(state)
-        torch.manual_seed(state)
+        seed_all_rng(int(sequence.generate_state(1)[0]))
 
 
 def schedule_factor(
@@ -155,30 +154,69 @@ class TeacherGuard(HookBase):
         logger.info("The teacher is unchanged (sha256 %s...)", self._fingerprint[:12])
 
 
-class KeepBest(BestCheckpointer):
-    """Detectron2's best checkpoint (``model_best.pth``) that remembers the best over a resume."""
+class KeepBest(HookBase):
+    """Writes ``model_best.pth`` after each evaluation whose result is better than all before.
 
-    def __init__(self, output_dir: str, eval_period: int, checkpointer, metric: str):
-        super().__init__(eval_period, checkpointer, metric)
-        self._output_dir = output_dir
+    The file itself holds its result, so that a resumed run knows what to beat whatever happened to
+    ``metrics.json``. In place of Detectron2's ``BestCheckpointer``, which forgets the best over a
+    resume and makes its file the one to resume from.
+
+    Args:
+        checkpointer: writes the file.
+        eval_period: ``TEST.EVAL_PERIOD``.
+        metric: what is compared, as it stands in ``metrics.json``: "bbox/AP".
+    """
+
+    def __init__(self, checkpointer, eval_period: int, metric: str):
+        self._checkpointer = checkpointer
+        self._period = eval_period
+        self._metric = metric
+        self._best = -math.inf
 
     def before_train(self) -> None:
-        for record in read_metrics(self._output_dir):
-            value = record.get(self._val_metric)
-            if value is not None and (self.best_metric is None or value > self.best_metric):
-                self._update_best(value, record["iteration"])
+        path = os.path.join(self._checkpointer.save_dir, "model_best.pth")
+        if self.trainer.start_iter and os.path.isfile(path):
+            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            if saved["iteration"] < self.trainer.start_iter:
+                self._best = saved.get("best", {}).get(self._metric, -math.inf)
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1  # as EvalHook counts
+        if done % self._period == 0 and done != self.trainer.max_iter:
+            self._compare(self.trainer.iter)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._compare(self.trainer.max_iter - 1)
+
+    def _compare(self, iteration: int) -> None:
+        value, _ = self.trainer.storage.latest().get(self._metric, (math.nan, iteration))
+        if not math.isfinite(value):
+            logger.warning("The evaluation gives no %s: model_best.pth stays", self._metric)
+        elif value > self._best:
+            self._best = value
+            best = {self._metric: value}
+            self._checkpointer.save("model_best", tag_last=False, iteration=iteration, best=best)
 
 
 class ExportStudent(HookBase):
-    """Writes ``student_final.pth``, which plain Detectron2 loads, when training is complete."""
+    """Writes ``student_final.pth``, which plain Detectron2 loads, when training is complete.
+
+    A student that plain Detectron2 cannot build, such as a user's own class with layers of its own,
+    is trained and evaluated all the same: that its export is missing is logged.
+    """
 
     def __init__(self, cfg):
         self._cfg = cfg
 
     def after_train(self) -> None:
-        if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
-            folder = self._cfg.OUTPUT_DIR
+        if self.trainer.iter < self.trainer.max_iter or not comm.is_main_process():
+            return
+        folder = self._cfg.OUTPUT_DIR
+        try:
             export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self._cfg)
+        except ConfigError as error:
+            logger.error("student_final.pth was not written: %s", error)
 
 
 class WriteResult(HookBase):
@@ -191,6 +229,10 @@ class WriteResult(HookBase):
 
     def before_train(self) -> None:
         self._start = time.perf_counter()
+        goes_on = 0 < self.trainer.start_iter < self.trainer.max_iter
+        finished = os.path.isfile(os.path.join(self._output_dir, RESULT))
+        if goes_on and finished and comm.is_main_process():
+            reopen_run(self._output_dir, self.trainer.start_iter - 1)
 
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter or not comm.is_main_process():
@@ -219,18 +261,39 @@ class WriteResult(HookBase):
         self._seconds = state_dict["seconds"]
 
 
+def reopen_run(folder: str, iteration: int) -> None:
+    """Takes from a finished run that goes on what says that it is finished.
+
+    ``model_final.pth`` becomes the checkpoint of its iteration; ``result.json`` and the exported
+    student, which the new end writes again, are removed.
+    """
+    final, kept = (os.path.join(folder, f"model_{x}.pth") for x in ("final", f"{iteration:07d}"))
+    if os.path.isfile(final) and not os.path.isfile(kept):
+        os.replace(final, kept)
+    # A resume that finds the tag's file missing takes the newest of the others.
+    with atomic_open(os.path.join(folder, LAST_CHECKPOINT), "w") as file:
+        file.write(os.path.basename(kept))
+    for name in (*FINAL_CHECKPOINTS, "student_final.yaml", RESULT):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(folder, name))
+    logger.info("The run in %s is extended: its old result is removed", folder)
+
+
 class StopOnSignal(HookBase):
     """On SIGTERM or SIGINT: finish the iteration, write a checkpoint, raise :class:`Interrupted`.
 
-    A second SIGINT stops at once, as usual. Forked processes, which inherit the handlers, die of
-    SIGTERM as they would without: otherwise a pool's ``terminate()`` waits for them for ever. They
-    outlive SIGINT, which a terminal sends to all, since the iteration needs its data workers.
+    An evaluation that one process runs (:meth:`at_once`) is left at once; it is not repeated by the
+    resumed run, but for the final one. A second SIGINT stops at once, as usual. Forked processes,
+    which inherit the handlers, die of SIGTERM as they would without: otherwise a pool's
+    ``terminate()`` waits for them for ever. They outlive SIGINT, which a terminal sends to all,
+    since the iteration needs its data workers.
     """
 
     def __init__(self, checkpointer):
         self._checkpointer = checkpointer
         self._process = os.getpid()
         self._received: int | None = None
+        self._evaluating = False
         self._previous = {}
 
     def before_train(self) -> None:
@@ -246,9 +309,34 @@ class StopOnSignal(HookBase):
         self._received = number
         signal.signal(signal.SIGINT, self._previous[signal.SIGINT])
         logger.warning(
-            "Received %s: finishing this iteration, then writing a checkpoint",
+            "Received %s: %s, then writing a checkpoint",
             signal.Signals(number).name,
+            "leaving the evaluation" if self._evaluating else "finishing this iteration",
         )
+        if self._evaluating:
+            raise Interrupted(number, self._last_iteration())
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, a signal ends the run without waiting for the end of the block.
+
+        Only of one process: several must leave an evaluation together, so they finish it.
+        """
+        if comm.get_world_size() > 1:
+            yield
+            return
+        try:
+            self._evaluating = True
+            if self._received:
+                raise Interrupted(self._received, self._last_iteration())
+            yield
+        except Interrupted:
+            if self.trainer.iter < self.trainer.max_iter:  # else model_final.pth is written
+                self._save()
+            self.after_train()
+            raise
+        finally:
+            self._evaluating = False
 
     def after_step(self) -> None:
         # Every process must leave at the same iteration, whichever of them got the signal.
@@ -258,10 +346,14 @@ class StopOnSignal(HookBase):
         last = self.trainer.iter == self.trainer.max_iter - 1
         if received and not last:
             if comm.is_main_process():
-                self._checkpointer.save(
-                    f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter
-                )
+                self._save()
             raise Interrupted(received, self.trainer.iter)
+
+    def _save(self) -> None:
+        self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
+
+    def _last_iteration(self) -> int:
+        return min(self.trainer.iter, self.trainer.max_iter - 1)
 
     def after_train(self) -> None:
         for number, handler in self._previous.items():

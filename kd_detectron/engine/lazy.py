@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import default_argument_parser, default_setup, hooks
+from detectron2.engine import create_ddp_model, default_argument_parser, default_setup, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
+from kd_detectron.commands import parse_arguments
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
@@ -51,10 +52,12 @@ from .hooks import (
 )
 from .main import keep_run_config, start
 from .train_loop import DistillationTrainLoop
-from .trainer import distribute, forget_metrics_from, run_facts, shared_random_seed, unwrap
+from .trainer import forget_metrics_from, run_facts, unwrap
 
 logger = logging.getLogger("kd_detectron")
 
+# Where the file has no ``train.ddp``.
+DDP_OPTIONS = {"broadcast_buffers": False}
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
 # What errors and warnings say of a YAML config, and how it is said of a LazyConfig. A teacher's own
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     parser = default_argument_parser()
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors")
-    return start(parser.parse_args(argv), run)
+    return start(parse_arguments(parser, argv), run)
 
 
 def run(args) -> None:
@@ -271,13 +274,13 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
         raise ConfigError("train.amp.enabled is True but train.device is 'cpu'; set it to False")
     warn_of_pixel_statistics(model, in_lazy_words)
     seed = cfg.train.get("seed", -1)
-    seed = seed if seed >= 0 else shared_random_seed()
+    seed = seed if seed >= 0 else comm.shared_random_seed()
     loader = build_lazy_train_loader(
         cfg.dataloader.train, seed=seed, max_corrupt_images=cfg.train.get("max_corrupt_images", 0)
     )
     cfg.optimizer.params.model = model
     trainer = LazyTrainLoop(
-        distribute(model),
+        create_ddp_model(model, device_ids=None, **cfg.train.get("ddp", DDP_OPTIONS)),
         instantiate(cfg.dataloader.train) if loader is None else loader,
         instantiate(cfg.optimizer),
         seed=seed,
@@ -314,7 +317,7 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
             *main_only[:1],
             hooks.EvalHook(cfg.train.eval_period, evaluate_now),
             LossHistory(),
-            WriteResult(output_dir, run_facts(seen, model, seed)),
+            WriteResult(output_dir, run_facts(model, seed)),
             # The writer comes last, to write also what the evaluation found.
             *main_only[1:],
             StopOnSignal(checkpointer),

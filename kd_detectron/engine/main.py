@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, hooks, launch
+from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
@@ -34,6 +34,7 @@ from kd_detectron.commands import (
     USER_ERROR_EXIT_CODE,
     add_import_option,
     import_user_code,
+    parse_arguments,
 )
 from kd_detectron.config import find_config, get_config
 from kd_detectron.data.coco_format import register_coco_format
@@ -72,7 +73,7 @@ def argument_parser():
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    return start(argument_parser().parse_args(argv), run)
+    return start(parse_arguments(argument_parser(), argv), run)
 
 
 def start(args, run: Callable) -> int:
@@ -186,11 +187,15 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
     check_data(cfg)
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=resume)
-    log_start(trainer)
-    if cfg.TEST.AUG.ENABLED:
-        trainer.register_hooks(
-            [hooks.EvalHook(0, lambda: trainer.test_with_augmentation(cfg, trainer.model))]
+    if trainer.finished:
+        logger.info(
+            "The run in %s is finished after %d iterations: nothing to do. Raise SOLVER.MAX_ITER "
+            "to extend it, or give --eval-only to evaluate it again",
+            cfg.OUTPUT_DIR,
+            trainer.start_iter,
         )
+        return
+    log_start(trainer)
     trainer.train()
 
 

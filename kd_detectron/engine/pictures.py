@@ -25,13 +25,13 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.visualize.features import compare_features, draw_feature_differences
 from kd_detectron.visualize.figures import figure_pixels
 from kd_detectron.visualize.models import (
+    CachedOutputs,
     LoadedModel,
-    RememberedModel,
     check_classes,
     choose_records,
     dataset_records,
     load_configured_teacher,
-    see_the_size_of,
+    match_test_size,
 )
 from kd_detectron.visualize.predictions import draw_predictions
 
@@ -60,7 +60,7 @@ class TrainingPictures(HookBase):
         records, self._class_names = dataset_records(self._cfg, name)
         self._records = choose_records(records, _IMAGES) or records[:_IMAGES]
         self._seen_by_teacher = self._shown_models = None
-        with undisturbed(self._student.model):
+        with eval_without_side_effects(self._student.model):
             check_classes(self._student, self._class_names)
             self._shown_models = [self._student]
             if getattr(self._student.model, "teacher", None) is not None:
@@ -68,8 +68,8 @@ class TrainingPictures(HookBase):
 
     def _ask_teacher(self) -> None:
         teacher = load_configured_teacher(self._cfg)
-        see_the_size_of(teacher, self._cfg)
-        remembered = RememberedModel.of(teacher, self._records)
+        match_test_size(teacher, self._cfg)
+        remembered = CachedOutputs.of(teacher, self._records)
         try:
             check_classes(teacher, self._class_names)
             self._shown_models = [remembered, self._student]
@@ -84,7 +84,7 @@ class TrainingPictures(HookBase):
     def after_step(self) -> None:
         # The iterations at which Detectron2 shows its own.
         if self.trainer.iter % self._cfg.VIS_PERIOD == 0:
-            with undisturbed(self._student.model):
+            with eval_without_side_effects(self._student.model):
                 self._draw()
 
     def _draw(self) -> None:
@@ -100,7 +100,7 @@ class TrainingPictures(HookBase):
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def eval_without_side_effects(model: nn.Module) -> Iterator[None]:
     """Puts a model in training into eval mode; afterwards modes and random states are as before."""
     modes = {module: module.training for module in model.modules()}
     states = random.getstate(), np.random.get_state()

@@ -21,11 +21,23 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.modeling.precision import PRECISIONS
 
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+class CountsIterationsOnce:
+    """For a trainer class, before Detectron2's: training that is already complete counts right.
+
+    Detectron2's loop counts one iteration past the last where it starts at the last one's end, as
+    a run that was stopped in its final evaluation does.
+    """
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self.start_iter >= self.max_iter:
+            self.iter = self.max_iter - 1
 
 
-class DistillationTrainLoop(SimpleTrainer):
+class DistillationTrainLoop(CountsIterationsOnce, SimpleTrainer):
     """Runs one iteration: ``accumulate_steps`` forward and backward passes, one optimizer step.
 
     Args:
@@ -133,4 +145,6 @@ class DistillationTrainLoop(SimpleTrainer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        # Empty in a checkpoint of a run without fp16: the scaler then starts anew.
+        if state_dict.get("grad_scaler"):
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])

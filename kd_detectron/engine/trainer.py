@@ -2,19 +2,20 @@
 
 What differs from Detectron2's: batches and random state are functions of seed and iteration, so
 that a resumed run follows the uninterrupted one; the distillation schedule; a guard on the teacher;
-the best checkpoint by AP; ``student_final.pth`` and ``result.json`` at the end; accumulation and
-bfloat16. The training step itself is ``DistilledRCNN.forward`` and ``train_loop.py``.
+averaged weights; the best checkpoint by AP; ``student_final.pth`` and ``result.json`` at the end;
+accumulation and bfloat16. The training step itself is ``DistilledRCNN.forward`` and
+``train_loop.py``.
 """
 
+import contextlib
 import glob
 import logging
 import os
-import secrets
 import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -34,7 +35,7 @@ from kd_detectron.data.loader import build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
 from kd_detectron.preflight.evaluation import evaluator_type
-from kd_detectron.runs.files import METRICS, parse_record
+from kd_detectron.runs.files import METRICS, is_finished, parse_record
 
 from .hooks import (
     DistillationSchedule,
@@ -47,12 +48,13 @@ from .hooks import (
     WriteResult,
 )
 from .pictures import TrainingPictures
-from .train_loop import DistillationTrainLoop
+from .train_loop import CountsIterationsOnce, DistillationTrainLoop
+from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(DefaultTrainer):
+class DistillationTrainer(CountsIterationsOnce, DefaultTrainer):
     """Trains the model of a config, with or without distillation, and evaluates it by COCO AP.
 
     Attributes:
@@ -66,17 +68,21 @@ class DistillationTrainer(DefaultTrainer):
             cfg: the whole config, as :func:`kd_detectron.get_config` returns it.
         """
         TrainerBase.__init__(self)
-        cfg = DefaultTrainer.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.cfg = cfg
-        self.seed = cfg.SEED if cfg.SEED >= 0 else shared_random_seed()
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         model = self.build_model(cfg)
         if cfg.SOLVER.AMP.ENABLED:
             channels_last_on_cpu(model.backbone)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
-        self._trainer = DistillationTrainLoop.from_config(
-            cfg, distribute(model), data_loader, optimizer
+        distributed = create_ddp_model(
+            model,
+            device_ids=None,  # the model's own, also on the CPU
+            broadcast_buffers=False,
+            find_unused_parameters=loses_levels(cfg, model),
         )
+        self._trainer = DistillationTrainLoop.from_config(cfg, distributed, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = DistillationCheckpointer(
             model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
@@ -86,43 +92,115 @@ class DistillationTrainer(DefaultTrainer):
         self._step_seed = StepSeed(self.seed)
         self.register_hooks(self.build_hooks())
 
+    @staticmethod
+    def auto_scale_workers(cfg: CfgNode, num_workers: int) -> CfgNode:
+        """As Detectron2's, which follows ``SOLVER.REFERENCE_WORLD_SIZE``, for this project's keys.
+
+        The iterations of ``KD.SCHEDULE`` are scaled like ``SOLVER.MAX_ITER``, and ``SOLVER.EMA``
+        goes on averaging over as many images.
+        """
+        scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+        if scaled is cfg:
+            return cfg
+        scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+        frozen = scaled.is_frozen()
+        scaled.defrost()
+        for key in ("WARMUP_ITERS", "STOP_ITER"):
+            before = cfg.KD.SCHEDULE[key]
+            scaled.KD.SCHEDULE[key] = max(round(before / scale), 1) if before > 0 else before
+        scaled.SOLVER.EMA.DECAY = cfg.SOLVER.EMA.DECAY**scale
+        if frozen:
+            scaled.freeze()
+        return scaled
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of ``OUTPUT_DIR`` (if ``resume``) or ``MODEL.WEIGHTS``.
 
         A resumed run goes on with weights, optimizer, schedule, iteration, distiller parameters,
         seed and data order of the interrupted one.
+
+        Raises:
+            ConfigError: what is to be resumed is beyond ``SOLVER.MAX_ITER``, or no checkpoint fits.
         """
         super().resume_or_load(resume=resume)
+        if self.start_iter > self.max_iter:
+            raise ConfigError(
+                f"SOLVER.MAX_ITER is {self.max_iter} but the run in OUTPUT_DIR "
+                f"'{self.cfg.OUTPUT_DIR}' has done {self.start_iter} iterations; raise SOLVER."
+                "MAX_ITER to go on with it, or give another OUTPUT_DIR"
+            )
         self._step_seed.seed = self.seed
         self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
-        forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
+        if not self.finished:
+            forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that was resumed has nothing left to do: it is trained and evaluated."""
+        return self.start_iter == self.max_iter and is_finished(self.cfg.OUTPUT_DIR)
 
     def build_hooks(self) -> list:
+        """Detectron2's hooks and this project's, in the order in which they run after a step.
+
+        Average the weights; write checkpoints; evaluate; compare and write what follows from the
+        evaluation; write metrics; stop on a signal.
+        """
         cfg = self.cfg
         model = unwrap(self.model)
         teacher = getattr(model, "teacher", None)
+        stop = StopOnSignal(self.checkpointer)
         ret = super().build_hooks()
         limit_checkpoints(ret, cfg)
-        # Detectron2 ends its list with the writer on the main process: evaluations and what is put
-        # into the storage must come before it.
+        # Detectron2 ends its list with the evaluation and, on the main process, the writer:
+        # whatever is put into the storage must come before that.
         writer = [ret.pop()] if comm.is_main_process() else []
-        ret = [self._step_seed, *ret, LossHistory()]
+        ret.pop()
+        ret.insert(0, self._step_seed)
+        averaged_weights = contextlib.nullcontext
+        if cfg.SOLVER.EMA.ENABLED:
+            average = build_weight_average(cfg, model)
+            averaged_weights = self.checkpointer.saved_weights = average.applied
+            ret.insert(1, average)
+
+        def evaluate() -> dict:
+            with stop.at_once(), averaged_weights():
+                self._last_eval_results = self.test(cfg, self.model)
+            return self._last_eval_results
+
+        def evaluate_with_augmentation() -> dict:
+            with stop.at_once(), averaged_weights():
+                results = self.test_with_augmentation(cfg, self.model)
+            self._last_eval_results = {**self._last_eval_results, **results}
+            return results
+
+        ret += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate), LossHistory()]
+        if cfg.TEST.AUG.ENABLED:
+            ret.append(hooks.EvalHook(0, evaluate_with_augmentation))
         if getattr(model, "distillers", None):
             ret.append(DistillationSchedule(model, cfg.KD.SCHEDULE, self.max_iter))
         if teacher is not None:
             ret.append(TeacherGuard(teacher))
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
-            metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
-            ret.append(KeepBest(cfg.OUTPUT_DIR, cfg.TEST.EVAL_PERIOD, self.checkpointer, metric))
+            ret.append(KeepBest(self.checkpointer, cfg.TEST.EVAL_PERIOD, main_metric(cfg)))
         if comm.is_main_process() and cfg.VIS_PERIOD > 0:
             ret.append(TrainingPictures(cfg, model))
-        ret += [ExportStudent(cfg), WriteResult(cfg.OUTPUT_DIR, run_facts(cfg, model, self.seed))]
-        return [*ret, *writer, StopOnSignal(self.checkpointer)]
+        # The result before the export, which can fail.
+        ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent(cfg)]
+        return [*ret, *writer, stop]
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"seed": self.seed}
+        # After the last step Detectron2 counts one further, and a resume would skip an iteration.
+        iteration = min(self.iter, self.max_iter - 1)
+        return super().state_dict() | {"seed": self.seed, "iteration": iteration}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        averages = WeightAverage.__qualname__ in state_dict.get("hooks", {})
+        if averages and not self.cfg.SOLVER.EMA.ENABLED:
+            raise ConfigError(
+                f"SOLVER.EMA.ENABLED is False but the run in OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' "
+                "averages its weights; set it to True to go on with it, or start anew with "
+                "MODEL.WEIGHTS set to its checkpoint"
+            )
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
 
@@ -190,21 +268,48 @@ def unwrap(model):
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def distribute(model):
-    """Wraps the student for several processes; on the CPU too. The teacher is not part of it."""
-    if comm.get_world_size() == 1:
-        return model
-    device = next(model.parameters()).device
-    device_ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+def main_metric(cfg: CfgNode) -> str:
+    """What the best checkpoint is chosen by: AP of masks, or else of boxes, on the first dataset.
+
+    As it stands in ``metrics.json``, where the dataset's name goes before if there are several.
+    """
+    metric = "segm/AP" if cfg.MODEL.MASK_ON else "bbox/AP"
+    return f"{cfg.DATASETS.TEST[0]}/{metric}" if len(cfg.DATASETS.TEST) > 1 else metric
 
 
-def shared_random_seed() -> int:
-    """A random seed, the same in all processes."""
-    return comm.all_gather(secrets.randbelow(2**31))[0]
+def build_weight_average(cfg: CfgNode, model) -> WeightAverage:
+    """The hook of ``SOLVER.EMA``.
+
+    Raises:
+        ConfigError: PreciseBN is on, whose statistics are those of the weights before averaging.
+    """
+    if cfg.TEST.PRECISE_BN.ENABLED:
+        raise ConfigError(
+            "SOLVER.EMA.ENABLED and TEST.PRECISE_BN.ENABLED are both True, but PreciseBN estimates "
+            "the statistics of weights that are not averaged; set one of them to False"
+        )
+    return WeightAverage(model, cfg.SOLVER.EMA.DECAY)
 
 
-def run_facts(cfg: CfgNode, model, seed: int) -> dict:
+def loses_levels(cfg: CfgNode, model) -> bool:
+    """Whether layers get no gradient once distillation stops, since it alone reads their level.
+
+    DistributedDataParallel must then look for them in each step.
+    """
+    if not getattr(model, "distillers", None) or not cfg.KD.SCHEDULE.STOP_ITER:
+        return False
+    parts = (model, *(getattr(model, x, None) for x in ("proposal_generator", "roi_heads")))
+    parts += (getattr(model, "sem_seg_head", None),)
+    read = {
+        level
+        for part in parts
+        for name in ("in_features", "box_in_features", "head_in_features")
+        for level in getattr(part, name, None) or ()
+    }
+    return not read.issuperset(model.backbone.output_shape())
+
+
+def run_facts(model, seed: int) -> dict:
     """What ``result.json`` says of a run beside its results."""
     teacher = getattr(model, "teacher", None)
     distillers = getattr(model, "distillers", None)
@@ -217,7 +322,6 @@ def run_facts(cfg: CfgNode, model, seed: int) -> dict:
         "student_parameters": sum(p.numel() for p in model.parameters()) - own,
         "distiller_parameters": own,
         "seed": seed,
-        "config": os.path.basename(cfg.OUTPUT_DIR),
         "torch": torch.__version__,
     }
 

@@ -5,20 +5,23 @@ random state is restored afterwards, so that a distilled student starts from the
 plain one under the same seed.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 
 import torch
 from detectron2.config import CfgNode
 
 from kd_detectron.distillers import DISTILLER_REGISTRY, build_distiller, find_distiller
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, did_you_mean
 
 from .compatibility import check_fits
 from .frozen_teacher import FrozenTeacher, model_spec
 from .inherit import inherit
 from .teacher_loading import load_teacher
+
+logger = logging.getLogger(__name__)
 
 
 def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
@@ -43,6 +46,11 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
     inherited = list(cfg.KD.TEACHER.INHERIT) if cfg.KD.ENABLED else []
     nothing = {"teacher": None, "distillers": {}, "distillation_weights": {}}
     if not names and not inherited:
+        if cfg.KD.ENABLED and cfg.KD.TEACHER.CONFIG_FILE:
+            logger.warning(
+                "KD.TEACHER.CONFIG_FILE is '%s' but KD.DISTILLERS is empty: nothing is distilled",
+                cfg.KD.TEACHER.CONFIG_FILE,
+            )
         return nothing
     if len(set(names)) != len(names):
         raise ConfigError(f"KD.DISTILLERS is {names}: name each distiller once")
@@ -82,8 +90,31 @@ def weight_and_options(cfg: CfgNode, name: str) -> tuple[float, dict]:
     cls = find_distiller(name)
     options = dict(cfg.KD.get(name.upper(), {}))
     weight = options.pop("WEIGHT", cls.default_weight)
+    return check_weight(f"KD.{name.upper()}.WEIGHT", weight), options
+
+
+def check_weight(key: str, weight: float) -> float:
+    """Returns a distiller's weight if it can be used; else a ConfigError that names ``key``."""
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise ConfigError(
-            f"KD.{name.upper()}.WEIGHT is {weight}; it must be a finite number, not negative"
-        )
-    return float(weight), options
+        raise ConfigError(f"{key} is {weight}; it must be a finite number, not negative")
+    return float(weight)
+
+
+def check_weights(weights: Mapping[str, float], distillers: Collection[str]) -> dict[str, float]:
+    """Weights by distiller as a meta-architecture is given them; 1 where absent.
+
+    Args:
+        weights: the argument ``distillation_weights``.
+        distillers: names of the distillers.
+
+    Raises:
+        ConfigError: a name is that of no distiller of the model, or a weight cannot be used.
+    """
+    for name, weight in weights.items():
+        if name not in distillers:
+            raise ConfigError(
+                f"distillation_weights names '{name}', which is no distiller of the model"
+                f"{did_you_mean(name, distillers)}"
+            )
+        check_weight(f"distillation_weights['{name}']", weight)
+    return {name: float(weights.get(name, 1.0)) for name in distillers}

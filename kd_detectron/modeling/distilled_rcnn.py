@@ -24,7 +24,7 @@ from kd_detectron.context import DistillationContext, TeacherOutputs
 from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 
-from .build import build_distillation
+from .build import build_distillation, check_weights
 from .frozen_teacher import FrozenTeacher, FrozenTeacherStep
 from .taps import StudentTaps
 
@@ -64,7 +64,6 @@ class DistillationMixin:
         super().__init__(**student)
         if not isinstance(distillers, Mapping):
             distillers = {type(distiller).__name__: distiller for distiller in distillers}
-        weights = distillation_weights or {}
         if distillers and teacher is None:
             raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
         if distillers and self.input_format not in ("BGR", "RGB"):
@@ -74,7 +73,7 @@ class DistillationMixin:
             )
         self.teacher = teacher
         self.distillers = nn.ModuleDict(distillers)
-        self.distillation_weights = {name: weights.get(name, 1.0) for name in distillers}
+        self.distillation_weights = check_weights(distillation_weights or {}, distillers)
         self.distillation_factor = 1.0
         # A distiller that declares nothing may read what costs nothing to record.
         self.requires = frozenset().union(

@@ -41,43 +41,31 @@ def pixel_statistics_warning(
         mean, std: what images in 0..255 are normalised by.
         format_key, mean_key, std_key: the config keys of the three.
     """
-    shown_mean, shown_std = _rounded(mean), _rounded(std)
-    if _of_images_up_to_one(mean, std):
-        mean, std = ([value * 255 for value in values] for values in (mean, std))
-        fix = f"multiply both by 255, to {_rounded(mean)} and {_rounded(std)}"
-        order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
-        if order not in (None, input_format):
-            fix += f" and, since that is ImageNet's mean in {order} order, reverse them"
-        return (
-            f"{mean_key} {shown_mean} and {std_key} {shown_std} of the {who} are those of images "
-            f"in 0..1, but images are in 0..255 here: {fix}"
-        )
+    faults = []
+    shown = f"{mean_key} {_rounded(mean)} and {std_key} {_rounded(std)} of the {who}"
+    # A mean of 0 with a standard deviation of 1 leaves the images as they are.
+    if (any(mean) and max(map(abs, mean)) <= 1) or (len(std) and max(std) < 1):
+        faults.append("those of images in 0..1, but images are in 0..255 here")
+        mean, std = ([255 * value for value in values] for values in (mean, std))
     other = {"RGB": "BGR", "BGR": "RGB"}.get(input_format)
-    if other is None:
-        return None
     mean_order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
     std_order = _imagenets_order(std, IMAGENET_STD, STD_TOLERANCE)
-    if mean_order == other:
-        std_too = f" and {std_key} to {shown_std[::-1]}" if std_order == other else ""
-        return (
-            f"{format_key} is {input_format} for the {who}, but {mean_key} {shown_mean} is "
-            f"ImageNet's mean in {other} order: each channel is normalised by another one's "
-            f"statistics. Set {mean_key} to {list(IMAGENET_MEAN[input_format])}{std_too}, or, if "
-            f"the weights were trained on {other} images, set {format_key} to {other}"
-        )
-    if mean_order == input_format and std_order == other:
-        return (
-            f"{format_key} is {input_format} for the {who} and {mean_key} is ImageNet's in that "
-            f"order, but {std_key} {shown_std} is ImageNet's in {other} order. Set {std_key} to "
-            f"{list(IMAGENET_STD[input_format])}, unless the weights were trained as it is"
-        )
-    return None
-
-
-def _of_images_up_to_one(mean: Sequence[float], std: Sequence[float]) -> bool:
-    # A mean of 0 with a standard deviation of 1 leaves the images as they are.
-    small_mean = any(mean) and max(map(abs, mean)) <= 1
-    return small_mean or (len(std) > 0 and max(std) < 1)
+    in_other_order = [
+        key
+        for key, order in ((mean_key, mean_order), (std_key, std_order))
+        if mean_order and order == other
+    ]
+    if in_other_order:
+        keys = " and ".join(in_other_order)
+        faults.append(f"ImageNet's in {other} order ({keys}), but {format_key} is {input_format}")
+    if not faults:
+        return None
+    right_mean = IMAGENET_MEAN[input_format] if mean_order in IMAGENET_MEAN else mean
+    right_std = IMAGENET_STD[input_format] if std_order in IMAGENET_STD else std
+    fix = f"set them to {_rounded(right_mean)} and {_rounded(right_std)}"
+    if in_other_order:
+        fix += f", or, if the weights were trained on {other} images, {format_key} to {other}"
+    return f"{shown} are {', and '.join(faults)}: {fix}"
 
 
 def _imagenets_order(

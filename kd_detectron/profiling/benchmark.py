@@ -6,7 +6,7 @@ proposals), each distiller's forward and backward alone on recorded tensors, and
 Weights are random and no optimizer step is taken, so every round does the same arithmetic. Each
 round gives one
 
-    floor ratio = distilled step / (student step + teacher + distillers)
+    overhead ratio = distilled step / (student step + teacher + distillers)
 
 1 if distillation costs its own arithmetic and nothing else. Peak memory is that of a child process
 for each part: of CUDA's allocator there, of the process elsewhere, with freed memory given back.
@@ -16,7 +16,6 @@ numbers. Legend: N images, R sampled proposals over the whole batch.
 """
 
 import ctypes
-import json
 import os
 import platform
 import resource
@@ -26,7 +25,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from pathlib import Path
 from types import SimpleNamespace
 
 import detectron2
@@ -36,12 +34,13 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
-from tabulate import tabulate
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kd_detectron.engine.train_loop import PRECISIONS
+from kd_detectron.context import TeacherOutputs
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
-from kd_detectron.modeling.frozen_teacher import FrozenTeacher
+from kd_detectron.modeling.frozen_teacher import FrozenTeacher, FrozenTeacherStep
+from kd_detectron.modeling.precision import PRECISIONS
 from kd_detectron.modeling.teacher_loading import load_teacher
 
 CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
@@ -130,8 +129,9 @@ class DistillerAlone:
 
     def reset(self) -> None:
         self._distiller.zero_grad()
-        for tensor in tensors_of(vars(self._context.student)):
-            tensor.grad = None
+        for tensor in tree_leaves(vars(self._context.student)):
+            if tensor is not None:
+                tensor.grad = None
         torch.manual_seed(_SEED)
 
     def __call__(self) -> None:
@@ -179,10 +179,9 @@ def record_context(step: Step) -> SimpleNamespace:
     for handle in handles:
         handle.remove()
     context = seen[0]
-    student = {
-        name: map_tensors(value, lambda tensor: tensor.detach().clone().requires_grad_())
-        for name, value in vars(context.student).items()
-    }
+    student = tree_map_only(
+        torch.Tensor, lambda x: x.detach().clone().requires_grad_(), vars(context.student)
+    )
     computed = vars(context.teacher)
     plain = ("features", "box_features", "mask_logits")
     teacher = {name: computed[name] for name in plain if name in computed}
@@ -191,26 +190,12 @@ def record_context(step: Step) -> SimpleNamespace:
     if "_box_predictions" in computed:
         teacher["logits"], teacher["box_deltas"] = computed["_box_predictions"]
     rest = {k: v for k, v in vars(context).items() if k not in ("student", "teacher")}
-    rest["mask_boxes"] = context.teacher._step.taps.mask_boxes
+    taps = context.teacher._step.taps
+    # The boxes that the teacher's heads are given.
+    rest["taps"] = SimpleNamespace(proposal_boxes=taps.proposal_boxes, mask_boxes=taps.mask_boxes)
     return SimpleNamespace(
         student=SimpleNamespace(**student), teacher=SimpleNamespace(**teacher), **rest
     )
-
-
-def map_tensors(value, function: Callable):
-    """Applies a function to a tensor, or to each tensor of a dict; None stays None."""
-    if isinstance(value, dict):
-        return {key: function(tensor) for key, tensor in value.items()}
-    return None if value is None else function(value)
-
-
-def tensors_of(values: dict) -> list[torch.Tensor]:
-    """All tensors in a dict of tensors, dicts of tensors and None."""
-    found = []
-    for value in values.values():
-        if value is not None:
-            found += value.values() if isinstance(value, dict) else [value]
-    return found
 
 
 def teacher_parts(
@@ -218,21 +203,19 @@ def teacher_parts(
 ) -> dict[str, TeacherPart]:
     """The parts of the teacher that the distilled step ran, by name."""
     recorded = vars(context.teacher)
-    runs: dict[str, Callable] = {}
-    if "features" in recorded:
-        runs["teacher backbone"] = lambda: teacher.features(batch, cfg.INPUT.FORMAT)
-    if "objectness" in recorded:
-        runs["teacher RPN"] = lambda: teacher.rpn(recorded["features"])
-    if "box_features" in recorded:
-        boxes = [Boxes(tensor) for tensor in context.proposal_boxes]
-        runs["teacher box head"] = lambda: teacher.box_features(recorded["features"], boxes)
-    if "logits" in recorded:
-        runs["teacher predictor"] = lambda: teacher.box_predictions(recorded["box_features"])
-    if "mask_logits" in recorded:
-        runs["teacher mask head"] = lambda: teacher.mask_logits(
-            recorded["features"], context.mask_boxes
-        )
-    return {name: TeacherPart(run, autocast_options(cfg)) for name, run in runs.items()}
+    step = FrozenTeacherStep(teacher, batch, cfg.INPUT.FORMAT, context.taps)
+    parts: dict[str, tuple[str, Callable]] = {
+        "teacher backbone": ("features", step.features),
+        "teacher RPN": ("objectness", lambda: step.rpn(recorded["features"])),
+        "teacher box head": ("box_features", lambda: step.box_features(recorded["features"])),
+        "teacher predictor": ("logits", lambda: step.box_predictions(recorded["box_features"])),
+        "teacher mask head": ("mask_logits", lambda: step.mask_logits(recorded["features"])),
+    }
+    return {
+        name: TeacherPart(run, autocast_options(cfg))
+        for name, (output, run) in parts.items()
+        if output in recorded
+    }
 
 
 def time_parts(
@@ -245,9 +228,9 @@ def time_parts(
     Args:
         parts: callables with a ``reset()`` that is not timed, by name.
         repeats: rounds.
-        device: where they run; on CUDA they are timed by events.
-        clock: "wall", or "process" for the processor time of this process (all of its threads),
-            which other programs on the machine do not lengthen; on CUDA always events.
+        device: where they run.
+        clock: "wall", or on the CPU "process" for the processor time of this process (all of its
+            threads), which other programs on the machine do not lengthen.
     """
     seconds = {name: [] for name in parts}
     for number in range(repeats + 1):
@@ -261,17 +244,14 @@ def time_parts(
 
 
 def _time_once(part: Callable, device: str, clock: str) -> float:
-    if not device.startswith("cuda"):
-        start = CLOCKS[clock]()
-        part()
-        return CLOCKS[clock]() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.synchronize()
+    start = CLOCKS[clock]()
     part()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    if cuda:
+        torch.cuda.synchronize()
+    return CLOCKS[clock]() - start
 
 
 def run_benchmark(
@@ -295,7 +275,7 @@ def run_benchmark(
         size: height and width in pixels.
         repeats: measured rounds.
         clock: see :func:`time_parts`.
-        memory: also measure peak memory, one child process a part.
+        memory: also measure peak memory, one child process per part.
         unfolded: also time the teacher's backbone with its BatchNorm not folded.
         imports: modules and files that the child processes import first.
 
@@ -310,6 +290,8 @@ def run_benchmark(
             f"KD.DISTILLERS of '{name}' is {list(cfg.KD.DISTILLERS)} and KD.ENABLED is "
             f"{cfg.KD.ENABLED}: nothing is distilled, so there is nothing to compare"
         )
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        clock = "wall"
     batch = synthetic_batch(cfg, images=images, size=size)
     distilled = Step(cfg, batch, distilled=True)
     context = record_context(distilled)
@@ -341,7 +323,7 @@ def run_benchmark(
             "proposals": sum(len(boxes) for boxes in context.proposal_boxes or ()),
         },
         "repeats": repeats,
-        "clock": "cuda events" if cfg.MODEL.DEVICE.startswith("cuda") else clock,
+        "clock": clock,
         "amp": cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
         "machine": machine(cfg.MODEL.DEVICE),
         "parts": {
@@ -379,24 +361,25 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(seconds: dict[str, list[float]], kinds: dict[str, str]) -> dict[str, dict]:
-    """The floor ratio and the ratio to the plain step, each of every round, as median and spread.
+    """The overhead ratio and the ratio to the plain step over the rounds, as median and spread.
 
     Args:
         seconds: seconds of each part in each round.
         kinds: "student", "teacher", "distiller", "distilled" or "reference", by part.
     """
     needed = [name for name, kind in kinds.items() if kind in ("student", "teacher", "distiller")]
-    floor, to_plain = [], []
+    overhead, to_plain = [], []
     for number, distilled in enumerate(seconds[DISTILLED]):
-        floor.append(distilled / sum(seconds[name][number] for name in needed))
+        overhead.append(distilled / sum(seconds[name][number] for name in needed))
         to_plain.append(distilled / seconds[STUDENT][number])
-    return {"floor": spread(floor), "to_plain": spread(to_plain)}
+    return {"overhead": spread(overhead), "to_plain": spread(to_plain)}
 
 
 def machine(device: str) -> dict:
     """Hardware and versions."""
+    processor = f"{platform.processor() or platform.machine()} CPU"
     facts = {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else _processor(),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -405,13 +388,6 @@ def machine(device: str) -> dict:
         "detectron2": detectron2.__version__,
     }
     return facts | ({"cuda": torch.version.cuda} if device.startswith("cuda") else {})
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---- memory ----
@@ -454,7 +430,7 @@ def _peak_of(name: str, path: str, imports: Sequence[str]) -> int:
             part()
         if cfg.MODEL.DEVICE.startswith("cuda"):
             return torch.cuda.max_memory_allocated()
-    return _peak_of_process()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _memory_part(name, cfg, batch, context, distiller):
@@ -463,18 +439,14 @@ def _memory_part(name, cfg, batch, context, distiller):
     if distiller is not None:
         return distiller
     teacher = FrozenTeacher.from_config(cfg)
-    boxes = [Boxes(tensor) for tensor in context.proposal_boxes or ()]
-    asked = set(vars(context.teacher))
+    asked = list(vars(context.teacher))
     teacher.drop_unused_heads(asked)
+    step = FrozenTeacherStep(teacher, batch, cfg.INPUT.FORMAT, context.taps)
 
     def run():
-        features = teacher.features(batch, cfg.INPUT.FORMAT)
-        if "objectness" in asked:
-            teacher.rpn(features)
-        if "box_features" in asked:
-            teacher.box_predictions(teacher.box_features(features, boxes))
-        if "mask_logits" in asked:
-            teacher.mask_logits(features, context.mask_boxes)
+        outputs = TeacherOutputs(step)
+        for name in asked:
+            getattr(outputs, name)
 
     return TeacherPart(run, autocast_options(cfg))
 
@@ -485,16 +457,6 @@ def _give_freed_memory_back() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-
-
-def _peak_of_process() -> int:
-    # Not getrusage where it can be helped: its maximum includes that of the parent before exec.
-    path = Path("/proc/self/status")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _sizes(model: torch.nn.Module, context: SimpleNamespace) -> dict[str, int]:
@@ -517,118 +479,3 @@ def memory_ratio(memory: dict[str, int]) -> float:
     idle = memory["idle"]
     needed = sum(memory[key] for key in ("teacher weights", "teacher features", "fused features"))
     return (memory[DISTILLED] - idle) / (memory[STUDENT] - idle + needed)
-
-
-# ---- reports ----
-
-
-def save_report(report: dict, path: str | os.PathLike) -> None:
-    """Writes a report as JSON."""
-    Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-
-
-def load_report(path: str | os.PathLike) -> dict:
-    """Reads a report that :func:`save_report` wrote.
-
-    Raises:
-        ConfigError: there is no such file, or it is none of these reports.
-    """
-    try:
-        report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"'{path}' is not a report of tools/benchmark.py: {error}") from None
-    if not isinstance(report, dict) or "parts" not in report or "ratios" not in report:
-        raise ConfigError(f"'{path}' is not a report of tools/benchmark.py: it has no parts")
-    return report
-
-
-def format_report(report: dict) -> str:
-    """The report as text: machine, a table of the parts, and the ratios."""
-    batch, facts, memory = report["batch"], report["machine"], report["memory"]
-    plain = report["parts"][STUDENT]["median"]
-    rows = []
-    for name, part in report["parts"].items():
-        peak = memory.get(name)
-        rows.append(
-            [
-                name,
-                f"{part['median']:.4g}",
-                f"{part['low']:.4g} .. {part['high']:.4g}",
-                f"{part['median'] / plain:.3f}",
-                "" if peak is None else f"{peak / 2**20:.0f}",
-            ]
-        )
-    if "teacher" in memory:
-        rows.append(["teacher, all parts", "", "", "", f"{memory['teacher'] / 2**20:.0f}"])
-    if "idle" in memory:
-        rows.append(["idle process", "", "", "", f"{memory['idle'] / 2**20:.0f}"])
-    headers = ["part", f"s ({report['clock']})", "quartiles", "/ student step", "peak MiB"]
-    versions = ", ".join(f"{key} {facts[key]}" for key in facts if key != "device")
-    return "\n".join(
-        [
-            f"{report['name']}: {batch['images']} images of {batch['height']}x{batch['width']}, "
-            f"{batch['proposals']} proposals, {report['amp'] or 'float32'}, "
-            f"{report['repeats']} rounds",
-            f"{facts['device']}; {versions}",
-            "",
-            tabulate(rows, headers=headers, disable_numparse=True),
-            "",
-            f"floor ratio     {_ratio(report, 'floor')}  "
-            "distilled step / (student step + teacher + distillers)",
-            f"to plain step   {_ratio(report, 'to_plain')}  distilled step / student step",
-            *(
-                [
-                    f"memory ratio    {report['ratios']['memory']:.3f}  distilled step / (student "
-                    "step + teacher weights + teacher features + fused features), above idle"
-                ]
-                if memory
-                else []
-            ),
-            f"throughput      {throughput(report):.3g} images/s",
-        ]
-    )
-
-
-def throughput(report: dict) -> float:
-    """Images a second of the distilled step."""
-    return report["batch"]["images"] / report["parts"][DISTILLED]["median"]
-
-
-def compare_reports(reports: Sequence[dict]) -> str:
-    """Several reports as one table, a row each; with two, how many times the second's time."""
-    rows = [
-        [
-            report["name"],
-            report["machine"]["device"],
-            report["amp"] or "float32",
-            "{images} x {height}x{width}".format(**report["batch"]),
-            report["batch"]["proposals"],
-            f"{report['parts'][STUDENT]['median']:.4g}",
-            f"{_total(report, 'teacher'):.4g}",
-            f"{_total(report, 'distiller'):.4g}",
-            f"{report['parts'][DISTILLED]['median']:.4g}",
-            _ratio(report, "floor"),
-            _ratio(report, "to_plain"),
-        ]
-        for report in reports
-    ]
-    headers = ["config", "device", "precision", "images", "R", "student s", "teacher s"]
-    headers += ["distillers s", "distilled s", "floor ratio", "to plain step"]
-    lines = [tabulate(rows, headers=headers, disable_numparse=True)]
-    if len(reports) == 2:
-        first, second = (report["parts"] for report in reports)
-        lines += ["", f"{reports[1]['name']} against {reports[0]['name']}, medians:"]
-        lines += [
-            f"  {name}: {second[name]['median'] / first[name]['median']:.3f} times"
-            for name in first
-            if name in second
-        ]
-    return "\n".join(lines)
-
-
-def _total(report: dict, kind: str) -> float:
-    return sum(part["median"] for part in report["parts"].values() if part["kind"] == kind)
-
-
-def _ratio(report: dict, name: str) -> str:
-    return "{median:.3f} ({low:.3f} .. {high:.3f})".format(**report["ratios"][name])

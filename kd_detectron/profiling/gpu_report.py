@@ -12,6 +12,7 @@ runs at a small size, as in the tests. ``tools/gpu_report.py`` is the command, `
 how to read its output.
 """
 
+import contextlib
 import copy
 import functools
 import gc
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -142,13 +143,17 @@ def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     for _ in range(_SCALER_STEPS):
         optimizer.zero_grad()
-        with EventStorage(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+        with (
+            recorded_outputs(model.distillers) as distilled,
+            EventStorage(),
+            torch.autocast(device, dtype=dtype, enabled=dtype is not None),
+        ):
             losses = model(batch)
         values = {name: loss.item() for name, loss in losses.items()}
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if wrong:
             raise RuntimeError(f"losses are not finite: {wrong}")
-        if not any(f"loss_{name.lower()}" in losses for name in model.distillers):
+        if not any(distilled):
             raise RuntimeError(f"no distillation loss among {sorted(losses)}")
         scale = scaler.get_scale()
         scaler.scale(sum(losses.values())).backward()
@@ -159,25 +164,39 @@ def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:
     raise RuntimeError(f"gradients overflow float16 at a loss scale of {scaler.get_scale()}")
 
 
+@contextlib.contextmanager
+def recorded_outputs(modules: Mapping[str, nn.Module]) -> Iterator[list]:
+    """Gives a list to which each of the modules, when it is called, adds what it returns."""
+    outputs: list = []
+    handles = [
+        module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+        for module in modules.values()
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
     """``KD.TEACHER.AMP`` runs the teacher of a float32 student in half precision on CUDA only.
 
     Raises:
         RuntimeError: its backbone computed in another type.
     """
-    seen: list[torch.dtype] = []
     backbone = model.teacher.model.backbone
     convolution = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
-    handle = convolution.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
     before = model.teacher.amp
-    try:
-        for amp in (True, False):
-            model.teacher.amp = amp
-            with EventStorage(), torch.no_grad():
-                model(batch)
-    finally:
-        model.teacher.amp = before
-        handle.remove()
+    with recorded_outputs({"convolution": convolution}) as outputs:
+        try:
+            for amp in (True, False):
+                model.teacher.amp = amp
+                with EventStorage(), torch.no_grad():
+                    model(batch)
+        finally:
+            model.teacher.amp = before
+    seen = [output.dtype for output in outputs]
     on_cuda = next(model.parameters()).is_cuda
     if not seen or (seen[0] is not torch.float32) != on_cuda or seen[-1] is not torch.float32:
         raise RuntimeError(f"KD.TEACHER.AMP True, then False, gave {seen}")

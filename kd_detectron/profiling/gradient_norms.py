@@ -1,24 +1,40 @@
 """How hard each loss pulls at the student: gradient norms of distillation against detection.
 
 For a few training batches and one state of the weights: the norm of the gradient of each loss, by
-part of the student (the network below the FPN, the FPN, the heads), against that of all detection
+part of the student (backbone, FPN, heads), against that of all detection
 losses together, and the cosine between the two. It answers two questions before any knob is turned:
-which weight to start with (a ratio near 1 in the network below the FPN: the loss says as much as
+which weight to start with (a ratio near 1 in the backbone: the loss says as much as
 the labels do), and whether a loss pulls against the labels (cosine below 0).
 
 ``tools/gradient_norms.py`` prints the table. Nothing is trained or written; BatchNorm runs as in
 training.
 """
 
+import argparse
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import islice
 
 import torch
+from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
 
+from kd_detectron.checkpoint import DistillationCheckpointer
+from kd_detectron.commands import (
+    add_import_option,
+    exit_code,
+    import_user_code,
+    parse_arguments,
+)
+from kd_detectron.config import get_config
+from kd_detectron.data.loader import build_train_loader
+from kd_detectron.preflight.config import check_meta_architecture
+from kd_detectron.preflight.data import check_data
+
 DETECTION = "all detection losses"
-PARTS = ("below the FPN", "FPN", "heads")
+PARTS = ("backbone", "FPN", "heads")
 
 
 def student_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -28,7 +44,7 @@ def student_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         if name.startswith("distillers.") or not parameter.requires_grad:
             continue
         if name.startswith("backbone.bottom_up."):
-            parts["below the FPN"].append(parameter)
+            parts["backbone"].append(parameter)
         else:
             parts["FPN" if name.startswith("backbone.") else "heads"].append(parameter)
     return parts
@@ -39,7 +55,7 @@ def gradient_norms(model: nn.Module, batches: Iterable[list[dict]]) -> list[dict
 
     Args:
         model: a distilled detector in training mode; call inside an ``EventStorage``.
-        batches: Detectron2's inputs, one list a batch.
+        batches: Detectron2's inputs, one list per batch.
 
     Returns:
         For "all detection losses" and then each distillation loss a dict: "loss" its name, "value"
@@ -117,3 +133,41 @@ def format_gradient_norms(rows: list[dict]) -> str:
         for row in rows
     ]
     return tabulate(body, headers=headers, tablefmt="github")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="How hard each distillation loss pulls at the student, against the detection "
+        "losses: norm of its gradient by part, ratio to that of all detection losses, cosine "
+        "between them; at the start of training, or with MODEL.WEIGHTS of a trained state."
+    )
+    parser.add_argument("--config-file", required=True, metavar="NAME")
+    parser.add_argument("--batches", type=int, default=8, help="training batches (%(default)s)")
+    add_import_option(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
+    return parser
+
+
+def measure(args: argparse.Namespace) -> str:
+    """Measures the config that the arguments name and returns the table as text."""
+    for name in args.imports:
+        import_user_code(name)
+    device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
+    cfg = get_config(args.config_file, [*device, *args.opts])
+    check_meta_architecture(cfg)
+    check_data(cfg)
+    seed = max(cfg.SEED, 0)
+    torch.manual_seed(seed)
+    model = build_model(cfg)
+    DistillationCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    loader = build_train_loader(cfg)
+    loader.seek(seed, 0)
+    with EventStorage():
+        rows = gradient_norms(model.train(), islice(loader, args.batches))
+    return format_gradient_norms(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parse_arguments(build_parser(), arguments)
+    return exit_code(lambda: print(measure(args)))

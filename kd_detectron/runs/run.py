@@ -8,7 +8,7 @@ this size in the data") and a metric that is absent are both missing here, never
 
 Runs are named from what the config says, not from the folder: distillers in alphabetical order
 joined by "+" (the order in which the papers name their combinations), "baseline" without any;
-"R101-R18" is teacher-student, a run without a teacher is named by its student alone.
+"R101-R18" is teacher-student, a run without a teacher is named by its student.
 """
 
 import math
@@ -19,7 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from kd_detectron.runs.files import is_finished, read_config, read_metrics, read_result
+from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import CONFIG, is_finished, read_config, read_metrics, read_result
 
 BASELINE = "baseline"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -42,6 +43,8 @@ class Run:
         seconds: wall time of the training; None if unknown.
         seed: the run's seed; None or negative: not fixed.
         finished: whether the training reached its end.
+        test_dataset: the dataset that results and history were measured on.
+        teacher_folder: the run folder that the teacher's weights come from; None without one.
     """
 
     path: Path
@@ -56,17 +59,13 @@ class Run:
     seconds: float | None = None
     seed: int | None = None
     finished: bool = False
+    test_dataset: str | None = None
+    teacher_folder: Path | None = None
 
     @property
     def pair(self) -> str:
-        """Teacher and student, "R101-R18", or the student alone where there is no teacher."""
+        """Teacher and student, "R101-R18", or the student where there is no teacher."""
         return f"{self.teacher}-{self.student}" if self.teacher else self.student
-
-    @property
-    def test_dataset(self) -> str | None:
-        """The dataset that the final AP is measured on."""
-        names = self.config.get("DATASETS", {}).get("TEST") or [None]
-        return names[0]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Returns iterations and values of one metric, without missing and non-finite values."""
@@ -81,36 +80,57 @@ class Run:
         return (["total_loss"] if "total_loss" in names else []) + losses
 
 
-def load_run(path: str | Path) -> Run:
+def load_run(path: str | Path, dataset: str = "") -> Run:
     """Reads one run folder.
 
     Args:
         path: a Detectron2 ``OUTPUT_DIR`` that holds at least ``config.yaml``.
+        dataset: whose AP to read, one of ``DATASETS.TEST``; by default the first.
 
     Raises:
-        ConfigError: the folder or its ``config.yaml`` is missing, or a file in it is unreadable.
+        ConfigError: the folder or its ``config.yaml`` is missing, a file in it is unreadable, or
+            the run was not evaluated on the dataset.
     """
     path = Path(path)
     config = read_config(path)
+    datasets = list((config.get("DATASETS") or {}).get("TEST") or [])
+    if dataset and dataset not in datasets:
+        raise ConfigError(
+            f"{path} was not evaluated on '{dataset}': its DATASETS.TEST is {datasets}"
+        )
+    dataset = dataset or (datasets[0] if datasets else None)
     history = metrics_by_iteration(path)
+    if len(datasets) > 1:
+        # Detectron2 puts the dataset's name before the metrics of several.
+        history = {
+            iteration: {key.removeprefix(f"{dataset}/"): values[key] for key in values}
+            for iteration, values in history.items()
+        }
     finished = is_finished(path)
     # What a finished run reached says nothing of a run that was extended since.
     record = read_result(path) if finished or not history else {}
-    results = record.get("results") or _last_evaluation(history)
+    results = record.get("results") or {}
+    if len(datasets) > 1:
+        results = results.get(dataset)
+    results = results or _last_evaluation(history)
     names = distiller_names(config)
+    weights = (config.get("KD", {}).get("TEACHER") or {}).get("WEIGHTS") if names else ""
+    taught_by = Path(weights).parent if weights else None
     return Run(
         path=path,
         method=method_name(names),
         student=backbone_name(config),
         teacher=teacher_name(config) if names else None,
         detector=detector_name(config),
-        results=_without_missing(results),
+        results=known_values(results),
         history=history,
         config=config,
         iterations=record.get("iterations") or (max(history) + 1 if history else None),
         seconds=record.get("seconds"),
         seed=record.get("seed", config.get("SEED")),
         finished=finished,
+        test_dataset=dataset,
+        teacher_folder=taught_by if taught_by and (taught_by / CONFIG).is_file() else None,
     )
 
 
@@ -201,12 +221,16 @@ def _last_evaluation(history: Mapping[int, Mapping[str, float]]) -> dict[str, di
     return {}
 
 
-def _without_missing(results: Mapping) -> dict[str, dict[str, float]]:
-    """Keeps the known tasks and the values that are finite numbers."""
+def known_values(results: object) -> dict[str, dict[str, float]]:
+    """Keeps the known tasks of evaluation results, and their values that are finite numbers."""
+    if not isinstance(results, Mapping):
+        return {}
     kept = {
-        task: {metric: float(value) for metric, value in results[task].items() if _is_number(value)}
+        task: {
+            metric: float(values[metric]) for metric in METRICS if _is_number(values.get(metric))
+        }
         for task in TASKS
-        if isinstance(results.get(task), Mapping)
+        if isinstance(values := results.get(task), Mapping)
     }
     return {task: metrics for task, metrics in kept.items() if metrics}
 

@@ -1,13 +1,11 @@
-"""Result tables: what each method gains over the undistilled student, beside published numbers.
+"""Result tables: what each method gains over its baseline, beside published numbers.
 
-One row is one method on one pair. Runs that differ in their seed alone share a row: mean and sample
-standard deviation (n - 1) over the seeds. Runs of one method that differ in anything else stay
-apart, and the row names the difference, so that an ablation is never averaged away.
-
-Gain is the student's AP minus the baseline's, in AP points; gap closed is that gain as a share of
-the teacher's AP minus the baseline's. A baseline belongs to a row if it is the same detector with
-the same student on the same test data; a teacher, if it is the row's teacher. A value that is not
-known is None here, "-" in a table and empty in a CSV file, never 0.
+One row is one group of runs (:mod:`kd_detectron.runs.groups`): mean and sample standard deviation
+(n - 1) over its seeds. Gain is the student's AP minus the baseline's, in AP points, paired by seed
+where both have the same ones (:mod:`kd_detectron.runs.paired`); gap closed is that gain as a share
+of the teacher's AP minus the baseline's. A baseline belongs to a row if it is the same detector
+with the same student on the same test data; a teacher, if it is the row's teacher. A value that is
+not known is None here, "-" in a table and empty in a CSV file, never 0.
 
 The published numbers (``published.json``: arXiv 2404.14109, Tables IV and V) are box AP of
 Faster R-CNN and mask AP of Mask R-CNN on COCO val2017; they stand only beside rows measured there.
@@ -17,38 +15,27 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 
 from tabulate import tabulate
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.runs.files import flatten
-from kd_detectron.runs.run import BASELINE, METRICS, TASKS, Run, distiller_names, load_run
-
-MISSING = "-"
-TEACHER = "teacher"
-_TEXT_COLUMNS = ("method", "pair")
-
-# What may differ between two runs of one experiment: it changes nothing that a row is about.
-_NOT_THE_EXPERIMENT = frozenset(
-    {
-        "CUDNN_BENCHMARK",
-        "DATALOADER.NUM_WORKERS",
-        "MODEL.DEVICE",
-        "OUTPUT_DIR",
-        "SEED",
-        "SOLVER.CHECKPOINT_PERIOD",
-        "TEST.EVAL_PERIOD",
-        "VERSION",
-        "VIS_PERIOD",
-    }
+from kd_detectron.runs.groups import (
+    MISSING,
+    TEACHER,
+    confounders,
+    group_names,
+    group_runs,
+    teacher_folders,
 )
-_ARCHITECTURE = "MODEL.META_ARCHITECTURE"
-_SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE", "OPTIONS"})
+from kd_detectron.runs.paired import Estimate, mean_with_interval, share_with_interval
+from kd_detectron.runs.run import BASELINE, METRICS, TASKS, Run, known_values, load_run
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,7 @@ class TeacherResult:
 
 @dataclass
 class Row:
-    """One line of a table; keys of ``metrics`` and ``paper`` are (task, metric)."""
+    """One line of a table; keys of ``metrics`` and ``paper`` are (task, metric), others tasks."""
 
     method: str
     pair: str
@@ -96,8 +83,8 @@ class Row:
     runs: int
     distilled: bool
     metrics: dict[tuple[str, str], Statistic]
-    gain: dict[str, float] = field(default_factory=dict)
-    gap_closed: dict[str, float] = field(default_factory=dict)
+    gain: dict[str, Estimate] = field(default_factory=dict)
+    gap_closed: dict[str, Estimate] = field(default_factory=dict)
     seconds: Statistic | None = None
     paper: dict[tuple[str, str], float] = field(default_factory=dict)
     paper_gain: dict[str, float] = field(default_factory=dict)
@@ -111,23 +98,23 @@ class ResultTable:
     notes: list[str]
 
     def text(self) -> str:
-        """Renders one table a detector, and the notes, for a terminal."""
+        """Renders one table per detector, and the notes, for a terminal."""
         return self._render("simple", title="{}\n", line_break="\n", bullet="* ")
 
     def markdown(self) -> str:
-        """Renders one table a detector, and the notes, as Markdown."""
+        """Renders one table per detector, and the notes, as Markdown."""
         return self._render("pipe", title="### {}\n", line_break=" ", bullet="- ")
 
     def _render(self, style: str, *, title: str, line_break: str, bullet: str) -> str:
         blocks = []
         for detector in dict.fromkeys(row.detector for row in self.rows):
-            headers, cells = _cells([row for row in self.rows if row.detector == detector])
-            alignment = ["left" if header in _TEXT_COLUMNS else "right" for header in headers]
+            rows = [row for row in self.rows if row.detector == detector]
+            columns = [column for column in _columns(rows) if column.text]
             body = tabulate(
-                cells,
-                headers=[header.replace(" ", line_break) for header in headers],
+                [[column.text(row) for column in columns] for row in rows],
+                headers=[column.header.replace(" ", line_break) for column in columns],
                 tablefmt=style,
-                colalign=alignment,
+                colalign=["left", "left", *["right"] * (len(columns) - 2)],
                 disable_numparse=True,
             )
             blocks.append(f"{title.format(detector)}\n{body}")
@@ -136,29 +123,14 @@ class ResultTable:
         return "\n\n".join(blocks)
 
     def csv(self) -> str:
-        """Renders the rows as CSV: means and deviations in columns of their own."""
-        tasks, published = _tasks(self.rows), _published(self.rows)
-        headers = ["method", "pair", "detector", "runs"]
-        for task in tasks:
-            for metric in METRICS:
-                headers += [f"{TASKS[task]} {metric}", f"{TASKS[task]} {metric} sd"]
-            headers += [f"{TASKS[task]} gain", f"{TASKS[task]} gap closed %"]
-        headers.append("training seconds")
-        headers += [f"paper {TASKS[task]} {metric}" for task, metric in published]
-
+        """Renders the rows as CSV: means, deviations and bounds in columns of their own."""
+        columns = [item for column in _columns(self.rows) for item in column.csv.items()]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(headers)
+        writer.writerow(name for name, _ in columns)
         for row in self.rows:
-            cells: list[str | int | float | None] = [row.method, row.pair, row.detector, row.runs]
-            for task in tasks:
-                for metric in METRICS:
-                    value = row.metrics.get((task, metric))
-                    cells += [_rounded(value and value.mean), _rounded(value and value.deviation)]
-                cells += [_rounded(row.gain.get(task)), _rounded(row.gap_closed.get(task))]
-            cells.append(_rounded(row.seconds and row.seconds.mean))
-            cells += [_rounded(row.paper.get(key)) for key in published]
-            writer.writerow("" if cell is None else cell for cell in cells)
+            cells = (value(row) for _, value in columns)
+            writer.writerow(round(cell, 4) if isinstance(cell, float) else cell for cell in cells)
         return buffer.getvalue()
 
 
@@ -173,9 +145,9 @@ def build_table(
     """Compares runs.
 
     Args:
-        runs: the runs to compare; undistilled ones among them serve as baselines.
+        runs: the runs to compare; those without distillation serve as baselines.
         baselines: further runs to measure gains against; they get a row, too, and take precedence
-            over the undistilled ones among ``runs``.
+            over those among ``runs``.
         teachers: the teachers' AP, for the share of the gap that is closed; they get a row each.
         published: the published numbers, as ``published_numbers`` returns them; None shows none.
         names: what to call the row of a run, by its folder; by default its method, and what sets it
@@ -196,12 +168,12 @@ def build_table(
                 "is the same student trained with KD.ENABLED False"
             )
     named = {run.path.resolve() for run in baselines}
-    groups = _group([*baselines, *(run for run in runs if run.path.resolve() not in named)])
+    groups = group_runs([*baselines, *(run for run in runs if run.path.resolve() not in named)])
     if len({group[0].detector for group in groups}) > 1:
         teachers = [_with_detector(teacher) for teacher in teachers]
     notes: list[str] = []
     rows = [_teacher_row(teacher, groups[0][0], published) for teacher in teachers]
-    for group, label in zip(groups, _labels(groups), strict=True):
+    for group, label in zip(groups, group_names(groups), strict=True):
         run = group[0]
         label = names.get(run.path, label)
         row = Row(
@@ -228,8 +200,8 @@ def build_table(
             teacher = _teacher_of(run, teachers, notes)
             baseline = _baseline_of(run, groups, named, notes)
             if baseline is not None:
-                notes += _unfair(f"{label} {run.pair}", run, baseline[0])
-                _add_gains(row, _statistics(baseline), teacher, notes)
+                notes += confounders(f"{label} {run.pair}", run, baseline[0])
+                _add_gains(row, group, baseline, teacher, notes)
 
     rows.sort(
         key=lambda row: (
@@ -242,12 +214,17 @@ def build_table(
     )
     if any(row.runs > 1 for row in rows):
         notes.append("± is the sample standard deviation over n runs that differ in their seed.")
+    if any(gain.low is not None for row in rows for gain in row.gain.values()):
+        notes.append(
+            "gain and gap closed: paired by seed, in brackets the 95 % confidence interval "
+            "(Student's t); the teacher's AP counts as given."
+        )
     if any(row.paper for row in rows):
         notes.append(f"paper: {published['source']}.")
     return ResultTable(rows, list(dict.fromkeys(notes)))
 
 
-def load_teacher_result(path: str | Path) -> TeacherResult:
+def load_teacher_result(path: str | Path, dataset: str = "") -> TeacherResult:
     """Reads a teacher's AP from a run folder or from a JSON file.
 
     Args:
@@ -255,13 +232,14 @@ def load_teacher_result(path: str | Path) -> TeacherResult:
             ``"bbox"`` and ``"segm"`` objects of them, or with these under ``"results"``; an
             optional ``"name"`` ("R101") and ``"detector"`` ("Mask R-CNN") limit it to the rows of
             that teacher and that detector.
+        dataset: whose AP to read of a run folder, as in ``load_run``.
 
     Raises:
         ConfigError: there is no such file, or it holds no AP.
     """
     path = Path(path)
     if path.is_dir():
-        run = load_run(path)
+        run = load_run(path, dataset)
         if not run.results:
             raise ConfigError(
                 f"the teacher's run folder {path} holds no AP: it was never evaluated"
@@ -275,17 +253,9 @@ def load_teacher_result(path: str | Path) -> TeacherResult:
         raise ConfigError(f"the teacher's file {path} is not readable JSON: {error}") from error
     if isinstance(record, dict):
         results = record.get("results", record)
-        if "AP" in results:
+        if isinstance(results, dict) and "AP" in results:
             results = {"bbox": results}
-        kept = {
-            task: {
-                metric: float(results[task][metric])
-                for metric in METRICS
-                if metric in results[task]
-            }
-            for task in TASKS
-            if isinstance(results.get(task), dict) and "AP" in results[task]
-        }
+        kept = {task: values for task, values in known_values(results).items() if "AP" in values}
         if kept:
             return TeacherResult(kept, record.get("name"), record.get("detector"))
     raise ConfigError(f'the teacher\'s file {path} holds no "AP": write {{"AP": 42.0}} into it')
@@ -295,67 +265,6 @@ def published_numbers() -> dict:
     """Returns the published results that ship with the package, as in ``published.json``."""
     source = files("kd_detectron.runs").joinpath("published.json")
     return json.loads(source.read_text(encoding="utf-8"))
-
-
-def _group(runs: Sequence[Run]) -> list[list[Run]]:
-    """Groups runs that differ in their seed alone, in the order in which they were given."""
-    groups: dict[tuple, list[Run]] = {}
-    for run in runs:
-        key = (run.finished or run.iterations, *sorted(_experiment(run).items()))
-        groups.setdefault(key, []).append(run)
-    return list(groups.values())
-
-
-def _experiment(run: Run) -> dict[str, str]:
-    """Returns the flattened config, without what does not distinguish two experiments."""
-    config = dict(run.config)
-    names = distiller_names(config)
-    kd = dict(config.pop("KD", None) or {})
-    model = dict(config["MODEL"])
-    if names:
-        used = {name.upper() for name in names} | _SHARED_KD_NODES
-        config["KD"] = {
-            key: value for key, value in kd.items() if key in used or not isinstance(value, Mapping)
-        }
-        config["KD"]["DISTILLERS"] = sorted(names)
-    else:
-        # An undistilled student is the same model under both meta-architectures.
-        model["META_ARCHITECTURE"] = run.detector
-    config["MODEL"] = model
-    flat = flatten(config)
-    return {key: str(value) for key, value in flat.items() if key not in _NOT_THE_EXPERIMENT}
-
-
-def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Names each row by its method, and by what sets it apart from its namesakes."""
-    labels = []
-    for group in groups:
-        run = group[0]
-        namesakes = [
-            _experiment(other[0])
-            for other in groups
-            if (other[0].method, other[0].pair, other[0].detector)
-            == (run.method, run.pair, run.detector)
-        ]
-        own = _experiment(run)
-        keys = sorted({key for other in namesakes for key in other})
-        differing = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
-        parts = [
-            f"{key.removeprefix('KD.').removeprefix('MODEL.')} {_short(own.get(key))}"
-            for key in differing[:3]
-        ]
-        if len(differing) > 3:
-            parts.append(f"and {len(differing) - 3} more")
-        if not run.finished:
-            parts.append(f"unfinished, {run.iterations or 0} iterations")
-        labels.append(run.method + (f" ({', '.join(parts)})" if parts else ""))
-    return labels
-
-
-def _short(value: object, limit: int = 30) -> str:
-    """A config value as text that fits into a row's name."""
-    text = MISSING if value is None else str(value)
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def _statistics(group: Sequence[Run]) -> dict[tuple[str, str], Statistic]:
@@ -371,10 +280,12 @@ def _baseline_of(
     run: Run, groups: Sequence[list[Run]], named: set[Path], notes: list[str]
 ) -> list[Run] | None:
     """Returns the runs to measure this one against; notes why where there are none."""
+    taught = teacher_folders([run for group in groups for run in group]) - named
     candidates = [
         group
         for group in groups
         if group[0].method == BASELINE
+        and group[0].path.resolve() not in taught
         and (group[0].student, group[0].detector, group[0].test_dataset)
         == (run.student, run.detector, run.test_dataset)
     ]
@@ -403,43 +314,48 @@ def _teacher_of(
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _unfair(name: str, run: Run, baseline: Run) -> list[str]:
-    """Notes what else differs between a run and its baseline than the distillation."""
-    own, base = _experiment(run), _experiment(baseline)
-    if run.iterations and baseline.iterations:
-        own["iterations trained"], base["iterations trained"] = run.iterations, baseline.iterations
-    keys = [key for key in sorted({*own, *base}) if not key.startswith("KD.")]
-    keys = [key for key in keys if own.get(key) != base.get(key) and key != _ARCHITECTURE]
-    if not keys:
-        return []
-    shown = [f"{key} ({_short(own.get(key))}, baseline {_short(base.get(key))})" for key in keys]
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return [
-        f"{name} differs from its baseline in {', '.join(shown[:3])}{more}: the gain is not the "
-        "method's alone."
-    ]
-
-
 def _add_gains(
     row: Row,
-    baseline: Mapping[tuple[str, str], Statistic],
+    runs: Sequence[Run],
+    baseline: Sequence[Run],
     teacher: TeacherResult | None,
     notes: list[str],
 ) -> None:
     """Fills in the row's gain over the baseline and the share of the gap that it closes."""
     for task in TASKS:
-        own, start = row.metrics.get((task, "AP")), baseline.get((task, "AP"))
-        if own is None or start is None:
+        own, start = _ap_by_seed(runs, task), _ap_by_seed(baseline, task)
+        if not own or not start:
             continue
-        row.gain[task] = own.mean - start.mean
+        shared = sorted(own.keys() & start.keys())
+        if len(shared) < 2:
+            # Nothing to pair: the difference of the means.
+            shared, own, start = [0], {0: fmean(own.values())}, {0: fmean(start.values())}
+        elif own.keys() != start.keys():
+            notes.append(
+                f"{row.method} {row.pair}: the {TASKS[task]} gain is over the {len(shared)} seeds "
+                "that the row and its baseline share."
+            )
+        gains = [own[seed] - start[seed] for seed in shared]
+        row.gain[task] = mean_with_interval(gains)
         top = teacher.results.get(task, {}).get("AP") if teacher else None
-        if top is not None and top > start.mean:
-            row.gap_closed[task] = 100 * row.gain[task] / (top - start.mean)
-        elif top is not None:
+        if top is None:
+            continue
+        gaps = [top - start[seed] for seed in shared]
+        if fmean(gaps) > 0:
+            row.gap_closed[task] = share_with_interval([100 * gain for gain in gains], gaps)
+        else:
             notes.append(
                 f"{row.method} {row.pair}: the teacher's {TASKS[task]} AP {top:.2f} is not above "
-                f"the baseline's {start.mean:.2f}, there is no gap to close."
+                f"the baseline's {top - fmean(gaps):.2f}, there is no gap to close."
             )
+
+
+def _ap_by_seed(runs: Sequence[Run], task: str) -> dict[object, float]:
+    """AP of each run by its seed; by its folder where seeds are doubled or not fixed."""
+    runs = [run for run in runs if "AP" in run.results.get(task, {})]
+    seeds = {run.seed for run in runs if run.seed is not None and run.seed >= 0}
+    paired = len(seeds) == len(runs)
+    return {run.seed if paired else run.path: run.results[task]["AP"] for run in runs}
 
 
 def _with_detector(teacher: TeacherResult) -> TeacherResult:
@@ -498,29 +414,109 @@ def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(task, metric) for task in TASKS for metric in METRICS if (task, metric) in found]
 
 
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells of one printed table."""
-    tasks, published = _tasks(rows), _published(rows)
-    paper_gains = [task for task in tasks if any(task in row.paper_gain for row in rows)]
-    headers = list(_TEXT_COLUMNS)
-    for task in tasks:
-        headers += [f"{TASKS[task]} {metric}" for metric in METRICS]
-        headers += [f"{TASKS[task]} gain", f"{TASKS[task]} gap closed"]
-    headers.append("training time")
-    headers += [f"paper {TASKS[task]} {metric}" for task, metric in published]
-    headers += [f"paper {TASKS[task]} gain" for task in paper_gains]
+@dataclass(frozen=True)
+class _Column:
+    """One column of the printed table, and what it is in CSV; without ``text`` in CSV alone."""
 
-    cells = []
-    for row in rows:
-        line = [row.method + (f" (n={row.runs})" if row.runs > 1 else ""), row.pair]
-        for task in tasks:
-            line += [_show(row.metrics.get((task, metric))) for metric in METRICS]
-            line += [_show_gain(row.gain.get(task)), _show_share(row.gap_closed.get(task))]
-        line.append(_show_time(row.seconds))
-        line += [_show_number(row.paper.get(key)) for key in published]
-        line += [_show_gain(row.paper_gain.get(task)) for task in paper_gains]
-        cells.append(line)
-    return headers, cells
+    header: str
+    text: Callable[[Row], str] | None
+    csv: dict[str, Callable[[Row], object]]
+
+
+def _columns(rows: Sequence[Row]) -> list[_Column]:
+    tasks, published = _tasks(rows), _published(rows)
+    columns = [
+        _Column(
+            "method",
+            lambda row: row.method + (f" (n={row.runs})" if row.runs > 1 else ""),
+            {"method": lambda row: row.method},
+        ),
+        _Column("pair", lambda row: row.pair, {"pair": lambda row: row.pair}),
+        _Column("detector", None, {"detector": lambda row: row.detector}),
+        _Column("runs", None, {"runs": lambda row: row.runs}),
+    ]
+    for task in tasks:
+        columns += [_metric_column(task, metric) for metric in METRICS]
+        columns += [
+            _estimate_column(f"{TASKS[task]} gain", "", "{:+.2f}", partial(_of_task, "gain", task)),
+            _estimate_column(
+                f"{TASKS[task]} gap closed", " %", "{:.0f}%", partial(_of_task, "gap_closed", task)
+            ),
+        ]
+    columns.append(
+        _Column(
+            "training time",
+            lambda row: _show_time(row.seconds),
+            {"training seconds": lambda row: row.seconds and row.seconds.mean},
+        )
+    )
+    columns += [_paper_column(task, metric) for task, metric in published]
+    for task in tasks:
+        if any(task in row.paper_gain for row in rows):
+            columns.append(
+                _number_column(
+                    f"paper {TASKS[task]} gain", "{:+.2f}", partial(_of_task, "paper_gain", task)
+                )
+            )
+    return columns
+
+
+def _of_task(name: str, task: str, row: Row):
+    return getattr(row, name).get(task)
+
+
+def _metric_column(task: str, metric: str) -> _Column:
+    header = f"{TASKS[task]} {metric}"
+
+    def value(row: Row) -> Statistic | None:
+        return row.metrics.get((task, metric))
+
+    return _Column(
+        header,
+        lambda row: _show(value(row)),
+        {
+            header: lambda row: value(row) and value(row).mean,
+            f"{header} sd": lambda row: value(row) and value(row).deviation,
+        },
+    )
+
+
+def _estimate_column(
+    header: str, unit: str, style: str, value: Callable[[Row], Estimate | None]
+) -> _Column:
+    """A value with its interval: "+1.20 (+0.80 to +1.60)"."""
+
+    def text(row: Row) -> str:
+        estimate = value(row)
+        if estimate is None:
+            return MISSING
+        shown = style.format(estimate.mean)
+        if estimate.low is None:
+            return shown
+        return f"{shown} ({style.format(estimate.low)} to {style.format(estimate.high)})"
+
+    return _Column(
+        header,
+        text,
+        {
+            f"{header}{unit}": lambda row: value(row) and value(row).mean,
+            f"{header} low{unit}": lambda row: value(row) and value(row).low,
+            f"{header} high{unit}": lambda row: value(row) and value(row).high,
+        },
+    )
+
+
+def _number_column(header: str, style: str, value: Callable[[Row], float | None]) -> _Column:
+    def text(row: Row) -> str:
+        number = value(row)
+        return MISSING if number is None else style.format(number)
+
+    return _Column(header, text, {header: value})
+
+
+def _paper_column(task: str, metric: str) -> _Column:
+    header = f"paper {TASKS[task]} {metric}"
+    return _number_column(header, "{:.2f}", lambda row: row.paper.get((task, metric)))
 
 
 def _show(value: Statistic | None) -> str:
@@ -531,25 +527,9 @@ def _show(value: Statistic | None) -> str:
     return f"{value.mean:.2f} ± {value.deviation:.2f}"
 
 
-def _show_number(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f}"
-
-
-def _show_gain(value: float | None) -> str:
-    return MISSING if value is None else f"{value:+.2f}"
-
-
-def _show_share(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.0f}%"
-
-
 def _show_time(value: Statistic | None) -> str:
     """Mean training time as hours:minutes:seconds."""
     if value is None:
         return MISSING
     minutes, seconds = divmod(round(value.mean), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 4)

@@ -40,13 +40,13 @@ def expected_ranges(runs: Mapping[str, list[Run]]) -> dict:
 
 
 def write_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> None:
-    """Writes the ranges of finished runs, one line a task of a name."""
+    """Writes the ranges of finished runs, one entry per name and task."""
     text = json.dumps(expected_ranges(runs), indent=1)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def outside_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> list[str]:
-    """Says, a sentence each, which finished runs are outside the ranges of a file."""
+    """Says, one sentence each, which finished runs are outside the ranges of a file."""
     ranges = json.loads(Path(path).read_text(encoding="utf-8"))
     sentences = []
     for name, seeds in runs.items():

@@ -50,9 +50,14 @@ def write_report(
         if "AP" in values
     }
     plot_ap(methods, folder / "ap.png", teacher_ap=teacher_ap)
-    plot_curves(runs, folder / "curves.png", teacher_ap=teacher_ap)
+    plot_curves(methods, folder / "curves.png", teacher_ap=teacher_ap)
     first = list({run.method: run for run in reversed(runs)}.values())[::-1]
-    models = load_models([run.path for run in first], teacher=teacher, with_teacher=bool(teacher))
+    models = load_models(
+        [run.path for run in first],
+        labels=[names[run.path] for run in first],
+        teacher=teacher,
+        with_teacher=bool(teacher),
+    )
     records, class_names = dataset_records(models[-1].cfg)
     chosen = choose_records(records, images, seed=0)
     draw_predictions(models, chosen, class_names, folder / "predictions.png")

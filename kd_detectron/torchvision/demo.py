@@ -18,9 +18,9 @@ from kd_detectron.visualize.curves import plot_curves
 
 from .data import DetectionData
 from .models import build_detector
-from .options import TrainingOptions
+from .options import FINAL_WEIGHTS, TrainingOptions
 from .pictures import draw_detections
-from .training import FINAL_WEIGHTS, detector_of_run, train
+from .training import detector_of_run, train
 
 TEACHER = "teacher"
 
@@ -74,11 +74,9 @@ def write_report(output: Path, runs: Mapping[str, TrainingOptions]) -> str:
     (output / "results.md").write_text(table.markdown() + "\n", encoding="utf-8")
     (output / "results.csv").write_text(table.csv(), encoding="utf-8")
     teacher_ap = {task: scores["AP"] for task, scores in teacher.results.items()}
-    # Curves are named after the rows: two of them have the same distillers.
-    renamed = {name: replace(run, method=name) for name, run in finished.items()}
-    groups = {name: [run] for name, run in renamed.items()}
+    groups = {name: [run] for name, run in finished.items()}
     plot_ap(groups, output / "ap.png", teacher_ap=teacher_ap)
-    plot_curves(list(renamed.values()), output / "curves.png", teacher_ap=teacher_ap)
+    plot_curves(groups, output / "curves.png", teacher_ap=teacher_ap)
     models = {}
     for name, options in runs.items():
         detector, own, num_classes = detector_of_run(options.output)

@@ -12,6 +12,8 @@ from kd_detectron.errors import ConfigError, did_you_mean
 
 from .models import short_name
 
+# The plain student's state dict at the end of a training, in its run folder.
+FINAL_WEIGHTS = "model_final.pth"
 _ARCHITECTURES = {"retinanet": "RetinaNet", "fcos": "FCOS", "keypointrcnn": "KeypointRCNN"}
 
 
@@ -98,9 +100,13 @@ class TrainingOptions:
         """This training as the run folder's ``config.yaml``."""
         architecture = _ARCHITECTURES.get(self.student.split("_")[0])
         plain, distilled = architecture or "GeneralizedRCNN", architecture or "RCNN"
+        weights, teacher_file = self.teacher_weights, self.teacher
+        if self.teacher_run:
+            weights = weights or f"{self.teacher_run}/{FINAL_WEIGHTS}"
+            teacher_file = f"{self.teacher_run}/config.yaml"
         teacher = {
-            "CONFIG_FILE": f"{self.teacher_run}/config.yaml" if self.teacher_run else self.teacher,
-            "WEIGHTS": self.teacher_weights,
+            "CONFIG_FILE": teacher_file,
+            "WEIGHTS": weights,
             "INHERIT": list(self.inherit),
         }
         distillers = {

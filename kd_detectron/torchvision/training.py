@@ -30,11 +30,10 @@ from kd_detectron.runs import files
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
 from .models import build_detector
-from .options import TrainingOptions
+from .options import FINAL_WEIGHTS, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
-FINAL_WEIGHTS = "model_final.pth"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 # Torchvision's names of losses, and Detectron2's names of the same ones.
 _LOSS_NAMES = {

@@ -1,7 +1,7 @@
-"""AP of several methods in one picture: a dot a seed, a bar for their mean, best at the top.
+"""AP of several methods in one picture: one dot per seed, a bar for their mean, best at the top.
 
-The undistilled student is a band (mean and standard deviation over its seeds) behind all rows, the
-teacher a dashed line: what lies between the two is the gap that distillation is to close.
+The baseline is a band (mean and standard deviation over its seeds; a line for one seed) behind all
+rows, the teacher a dashed line: what lies between the two is the gap that distillation is to close.
 """
 
 import statistics
@@ -17,7 +17,7 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import BASELINE, TASKS, Run
 from kd_detectron.visualize.figures import PALETTE, new_figure, save_figure
 
-_STUDENT, _DISTILLED = PALETTE[6], PALETTE[0]
+_BASELINE, _DISTILLED = PALETTE[6], PALETTE[0]
 
 
 def plot_ap(
@@ -26,7 +26,7 @@ def plot_ap(
     *,
     teacher_ap: Mapping[str, float] = {},
 ) -> Figure:
-    """Draws the final AP of each method, one panel a task.
+    """Draws the final AP of each method, one panel per task.
 
     Args:
         groups: the runs (seeds) of each method, by the name to show.
@@ -34,7 +34,7 @@ def plot_ap(
         teacher_ap: the teacher's AP by task ("bbox", "segm").
 
     Returns:
-        The figure, one axes a task that any run was evaluated on.
+        The figure, one axes per task that any run was evaluated on.
 
     Raises:
         ConfigError: no run holds an AP.
@@ -63,8 +63,11 @@ def plot_ap(
     ]
     names = ["one seed", "mean of the seeds"]
     if plain:
-        handles.append(Line2D([], [], color=_STUDENT, linewidth=8, alpha=0.3))
-        names.append("student alone ± standard deviation")
+        several = any(
+            len(values) > 1 for m in found.values() for n, values in m.items() if n in plain
+        )
+        handles.append(Line2D([], [], color=_BASELINE, linewidth=8 if several else 2, alpha=0.3))
+        names.append("baseline ± standard deviation" if several else "baseline")
     if teacher_ap:
         handles.append(Line2D([], [], color="black", linestyle="--"))
         names.append("teacher")
@@ -77,14 +80,17 @@ def _values(runs: Sequence[Run], task: str) -> list[float]:
 
 
 def _draw(axes: Axes, methods: Mapping[str, Sequence[float]], plain: set[str]) -> None:
-    """One row a method, from the best mean downwards."""
+    """One row per method, from the best mean downwards."""
     order = sorted(methods, key=lambda name: statistics.fmean(methods[name]))
     for row, name in enumerate(order):
         values = methods[name]
-        mean, colour = statistics.fmean(values), _STUDENT if name in plain else _DISTILLED
+        mean, colour = statistics.fmean(values), _BASELINE if name in plain else _DISTILLED
         if name in plain:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            axes.axvspan(mean - spread, mean + spread, color=colour, alpha=0.3, linewidth=0)
+            if len(values) > 1:
+                spread = statistics.stdev(values)
+                axes.axvspan(mean - spread, mean + spread, color=colour, alpha=0.3, linewidth=0)
+            else:
+                axes.axvline(mean, color=colour, alpha=0.3, linewidth=2)
         axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
         axes.plot(mean, row, "|", color=colour, markersize=16, markeredgewidth=2.5)
     axes.set_yticks(range(len(order)), [fill(name, 32) for name in order])

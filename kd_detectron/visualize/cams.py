@@ -56,7 +56,7 @@ def draw_cams(
         path: an image file to write, if any.
 
     Returns:
-        The figure: row by row the image and one axes a model, then the colour bar's.
+        The figure: row by row the image and one axes per model, then the colour bar's.
 
     Raises:
         ConfigError: there is no annotated image, a model has no box head, or the package

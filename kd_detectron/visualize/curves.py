@@ -1,9 +1,8 @@
 """Training curves of several runs in one figure: AP over the iterations, and every loss.
 
-One panel a quantity, one colour a method in all panels; runs of one method that differ in their
-seed share its colour. Losses are drawn as they stand in ``metrics.json`` (faint) and as a moving
-average over 1/20 of the points (bold); AP is never smoothed. Distillation losses are logged
-weighted, as they enter the sum.
+One panel per quantity, one colour per method in all panels; the seeds of a method share its colour.
+Losses are drawn as they stand in ``metrics.json`` (faint) and as a moving average over 1/20 of the
+points (bold); AP is never smoothed. Distillation losses are logged weighted, as they enter the sum.
 """
 
 import math
@@ -30,21 +29,26 @@ _TITLES = {
 
 
 def plot_curves(
-    runs: Sequence[Run], path: str | Path | None = None, *, teacher_ap: Mapping[str, float] = {}
+    groups: Mapping[str, Sequence[Run]],
+    path: str | Path | None = None,
+    *,
+    teacher_ap: Mapping[str, float] = {},
 ) -> Figure:
     """Draws the training curves of several runs.
 
     Args:
-        runs: the runs; those that logged nothing of a quantity are absent from its panel.
+        groups: the runs (seeds) of each method, by the name to show; those that logged nothing of a
+            quantity are absent from its panel.
         path: an image file to write, if any.
         teacher_ap: the teacher's AP by task ("bbox", "segm"), a dashed line in the AP panels.
 
     Returns:
-        The figure, one axes a panel.
+        The figure, one axes per panel.
 
     Raises:
         ConfigError: no run has logged an AP or a loss.
     """
+    runs = [run for group in groups.values() for run in group]
     panels = [f"{task}/AP" for task in TASKS if any(run.series(f"{task}/AP")[0] for run in runs)]
     losses = dict.fromkeys(name for run in runs for name in run.loss_names())
     # The detector's own losses first, in training order; then the distillers'.
@@ -54,16 +58,16 @@ def plot_curves(
         folders = ", ".join(str(run.path) for run in runs) or "no run at all"
         raise ConfigError(f"metrics.json holds neither AP nor losses in {folders}")
 
-    labels = _labels(runs)
-    names = list(dict.fromkeys(labels))
+    names = list(groups)
     styles = {name: _style(index) for index, name in enumerate(names)}
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = new_figure(4.6 * columns, 3.3 * rows + 0.9)
     for index, panel in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        for run, label in zip(runs, labels, strict=True):
-            _draw(axes, *run.series(panel), styles[label], smooth="/" not in panel)
+        for name, group in groups.items():
+            for run in group:
+                _draw(axes, *run.series(panel), styles[name], smooth="/" not in panel)
         task, _, metric = panel.partition("/")
         if metric:
             axes.set_title(f"{TASKS[task].capitalize()} AP on the test data")
@@ -119,15 +123,6 @@ def _distillation_title(loss: str, runs: Sequence[Run]) -> str:
     names = {name.lower(): name for run in runs for name in distiller_names(run.config)}
     key = loss.removeprefix("loss_")
     return f"Distillation loss {names.get(key, key)}"
-
-
-def _labels(runs: Sequence[Run]) -> list[str]:
-    """Method, with the pair where there are several, so that one label is one curve colour."""
-    several_students = len({run.student for run in runs}) > 1
-    several_teachers = len({run.teacher for run in runs if run.teacher}) > 1
-    if several_students or several_teachers:
-        return [f"{run.method}, {run.pair}" for run in runs]
-    return [run.method for run in runs]
 
 
 def _style(index: int) -> dict:

@@ -103,7 +103,7 @@ def draw_feature_differences(
 
     Args:
         teacher: what the students are compared with.
-        students: one column of maps and one colour of bars each; the undistilled one first.
+        students: one column of maps and one colour of bars each; the baseline first.
         records: the images; the first one is shown.
         path: an image file to write, if any.
 

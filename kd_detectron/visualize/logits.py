@@ -1,10 +1,9 @@
-"""What the box heads say of the same boxes: class correlations, and a map of the logits (t-SNE).
+"""What the box heads say of the same boxes: the correlations between the classes' logits.
 
 Every model classifies the same ground-truth boxes, so that logits compare box by box. Correlation
-(one of the analyses of CKD, arXiv 2404.14109): the correlation between the
-logits of every two classes over the boxes, (K+1, K+1) with background last; the closer a student's
-matrix is to the teacher's, the more of the relations between classes it has taken over. t-SNE
-(scikit-learn, optional): boxes with like logits lie together, coloured by their true class.
+(one of the analyses of CKD, arXiv 2404.14109): the correlation between the logits of every two
+classes over the boxes, (K+1, K+1) with background last; the closer a student's matrix is to the
+teacher's, the more of the relations between classes it has taken over.
 Shapes: R boxes over all images, K foreground classes.
 """
 
@@ -18,32 +17,29 @@ from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.visualize.figures import new_figure, save_figure
 from kd_detectron.visualize.models import LoadedModel, check_classes
-from kd_detectron.visualize.predictions import class_colours, ground_truth
+from kd_detectron.visualize.predictions import ground_truth
 
 _MAX_CLASS_LABELS = 21
-_MAX_LEGEND_CLASSES = 12
 
 
-def box_logits(model: LoadedModel, records: Sequence[dict]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns a model's logits (R, K+1) for all annotated boxes, and their classes (R,).
+def box_logits(model: LoadedModel, records: Sequence[dict]) -> torch.Tensor:
+    """Returns a model's logits (R, K+1) for all annotated boxes.
 
     Raises:
         ConfigError: the images have no annotated box, or the model has no box head.
     """
-    logits, classes = [], []
+    logits = []
     for record in records:
         objects = ground_truth(record)
         if objects.classes:
             logits.append(model.logits(record, objects.boxes))
-            classes += objects.classes
     if not logits:
         raise ConfigError("there is no box to classify: the chosen images have no annotations")
-    return torch.cat(logits), torch.tensor(classes)
+    return torch.cat(logits)
 
 
 def class_correlation(logits: torch.Tensor) -> np.ndarray:
@@ -66,7 +62,7 @@ def draw_correlations(
 
     Args:
         teacher: what the students are compared with.
-        students: one column each, the undistilled one first.
+        students: one column each, the baseline first.
         records: the images whose annotated boxes are classified; at least two boxes in all.
         class_names: names of the K classes.
         path: an image file to write, if any.
@@ -83,7 +79,7 @@ def draw_correlations(
     matrices = []
     for model in (teacher, *students):
         check_classes(model, class_names)
-        logits, _ = box_logits(model, records)
+        logits = box_logits(model, records)
         if len(logits) < 2:
             raise ConfigError("correlations need two boxes, the chosen images have one")
         matrices.append(class_correlation(logits))
@@ -100,7 +96,7 @@ def draw_correlations(
             difference = differences[column - 1]
             _draw_matrix(axes[1, column], difference, "magma", low)
             axes[1, column].set_title(f"distance to the teacher: {np.nanmean(difference):.3f}")
-    # Each class is named once a row and once a column.
+    # Each class is named once per row and once per column.
     _name_classes(axes[0, 0].yaxis, names)
     _name_classes(axes[1, 1].yaxis, names)
     for panel in (axes[0, 0], *axes[1, 1:]):
@@ -120,68 +116,6 @@ def draw_correlations(
     bar.set_label("correlation")
     bar = figure.colorbar(ScalarMappable(low, "magma"), ax=axes[1], shrink=0.8, pad=0.01)
     bar.set_label("absolute difference")
-    return save_figure(figure, path)
-
-
-def draw_tsne(
-    models: Sequence[LoadedModel],
-    records: Sequence[dict],
-    class_names: Sequence[str],
-    path: str | Path | None = None,
-    *,
-    seed: int = 0,
-) -> Figure:
-    """Draws each model's logits of the same boxes in two dimensions, coloured by true class.
-
-    Args:
-        models: one panel each.
-        records: the images whose annotated boxes are classified; at least four boxes in all.
-        class_names: names of the K classes.
-        path: an image file to write, if any.
-        seed: of the embedding.
-
-    Returns:
-        The figure, one axes a model.
-
-    Raises:
-        ConfigError: as ``box_logits``, fewer than four boxes, or scikit-learn is not installed.
-    """
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ConfigError("t-SNE needs scikit-learn: pip install scikit-learn") from error
-    figure = new_figure(4.4 * len(models), 5.4)
-    panels = figure.subplots(1, len(models), squeeze=False)[0]
-    for axes, model in zip(panels, models, strict=True):
-        check_classes(model, class_names)
-        logits, classes = box_logits(model, records)
-        if len(logits) < 4:
-            raise ConfigError(f"t-SNE needs four boxes, the chosen images have {len(logits)}")
-        # Its own default of 30 is refused with few points; a third of them is its usual bound.
-        perplexity = min(30.0, (len(logits) - 1) / 3)
-        embedding = TSNE(perplexity=perplexity, random_state=seed, init="pca")
-        points = embedding.fit_transform(logits.numpy())
-        # The most frequent classes have a colour and a name, the rest is grey.
-        named = sorted(classes.bincount().argsort(descending=True)[:_MAX_LEGEND_CLASSES].tolist())
-        named = [index for index in named if (classes == index).any()]
-        colours = class_colours(named, len(class_names))
-        drawn = [colours.get(index, (0.7, 0.7, 0.7)) for index in classes.tolist()]
-        axes.scatter(points[:, 0], points[:, 1], c=drawn, s=18, edgecolors="k", linewidths=0.3)
-        axes.set_title(f"{model.label}\n{model.ap}".strip(), fontsize=13)
-        axes.set(xticks=[], yticks=[])
-    handles = [
-        Line2D([], [], marker="o", linestyle="", color=colours[index], label=class_names[index])
-        for index in named
-    ]
-    if len(set(classes.tolist())) > len(named):
-        handles.append(Line2D([], [], marker="o", linestyle="", color="0.7", label="other classes"))
-    figure.legend(
-        handles=handles,
-        loc="outside lower center",
-        ncols=min(len(handles), 3 * len(models)),
-        frameon=False,
-        title=f"t-SNE of the logits of {len(classes)} annotated boxes, by true class",
-    )
     return save_figure(figure, path)
 
 

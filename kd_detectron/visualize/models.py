@@ -30,6 +30,7 @@ from kd_detectron.modeling.taps import box_head_of
 from kd_detectron.modeling.teacher_loading import build_teacher_model, load_teacher, teacher_config
 from kd_detectron.preflight.classes import check_number_of_classes
 from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
+from kd_detectron.runs.groups import named_groups
 from kd_detectron.runs.run import TASKS, Run, backbone_name, load_run
 
 _TEACHER = "teacher "
@@ -44,12 +45,14 @@ class LoadedModel:
         model: the Detectron2 detector.
         cfg: its whole config.
         ap: text such as "37.7 box AP"; empty if unknown.
+        is_teacher: whether the students are compared with it.
     """
 
     label: str
     model: nn.Module
     cfg: CfgNode
     ap: str = ""
+    is_teacher: bool = False
 
     def inputs(self, record: dict) -> dict:
         """Reads a record as the model expects it: ``image`` (3, H, W), ``height``, ``width``."""
@@ -90,8 +93,8 @@ class LoadedModel:
 
 
 @dataclass(frozen=True)
-class RememberedModel(LoadedModel):
-    """What a model found on some records, when the model itself is gone: ``model`` is None.
+class CachedOutputs(LoadedModel):
+    """A model's outputs on some records, kept when the model itself is gone: ``model`` is None.
 
     Attributes:
         found: detections and features by the record's file name.
@@ -100,10 +103,10 @@ class RememberedModel(LoadedModel):
     found: dict[str, tuple[Instances, dict[str, torch.Tensor]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, loaded: LoadedModel, records: Sequence[dict]) -> "RememberedModel":
+    def of(cls, loaded: LoadedModel, records: Sequence[dict]) -> "CachedOutputs":
         """Runs a model on the records."""
         found = {r["file_name"]: (loaded.detect(r), loaded.features(r)) for r in records}
-        return cls(loaded.label, None, loaded.cfg, loaded.ap, found)
+        return cls(loaded.label, None, loaded.cfg, loaded.ap, loaded.is_teacher, found)
 
     def detect(self, record: dict) -> Instances:
         return self.found[record["file_name"]][0]
@@ -166,13 +169,16 @@ class BoxClassifier(nn.Module):
         return list(self.levels)[int(index[0])]
 
 
-def load_run_student(run_folder: str | Path, *, label: str = "", weights: str = "") -> LoadedModel:
+def load_run_student(
+    run_folder: str | Path, *, label: str = "", weights: str = "", dataset: str = ""
+) -> LoadedModel:
     """Loads the student of a run folder.
 
     Args:
         run_folder: a Detectron2 ``OUTPUT_DIR``.
         label: what to call it; by default its method and student, "CKD R18".
         weights: the checkpoint; by default the run's final one, or the last one written.
+        dataset: whose AP stands beside it; by default the first of ``DATASETS.TEST``.
 
     Raises:
         ConfigError: it is no run folder, holds no checkpoint, or the checkpoint does not fit.
@@ -181,6 +187,9 @@ def load_run_student(run_folder: str | Path, *, label: str = "", weights: str = 
     cfg = load_run_config(run_folder)
     weights = weights or _checkpoint_of(run.path)
     label = label or f"{run.method} {run.student}"
+    if dataset and dataset != run.test_dataset:
+        tested = dataset in cfg.DATASETS.TEST
+        run = load_run(run_folder, dataset) if tested else replace(run, results={})
     return LoadedModel(label, _build(cfg, weights), cfg, _ap_text(run))
 
 
@@ -249,41 +258,62 @@ def load_models(
     teacher: str | Path | None = None,
     teacher_weights: str = "",
     with_teacher: bool = True,
+    dataset: str = "",
 ) -> list[LoadedModel]:
     """Loads the models of one picture: the teacher first, then the students of the runs.
 
     Args:
-        run_folders: Detectron2 ``OUTPUT_DIR``s.
-        labels: what to call the runs, one each; by default their method and student.
+        run_folders: Detectron2 ``OUTPUT_DIR``s; that of the teacher among them is drawn once.
+        labels: what to call the runs, one each; by default the names of their rows in a table.
         teacher: the teacher's run folder, or its config as in ``load_detector``; by default the
             one that the first distilled run names, none where no run is distilled.
         teacher_weights: the checkpoint that belongs to ``teacher``.
         with_teacher: False leaves the teacher out.
+        dataset: whose AP stands beside them; by default the first of ``DATASETS.TEST``.
 
     Raises:
-        ConfigError: as the single loaders, or ``labels`` are not as many as the runs.
+        ConfigError: as the single loaders, ``labels`` are not as many as the runs, or there is no
+            run but the teacher's.
     """
     if labels and len(labels) != len(run_folders):
         raise ConfigError(f"{len(run_folders)} runs have {len(labels)} labels; give one label each")
-    labels = labels or [""] * len(run_folders)
-    models = []
+    runs = [load_run(folder) for folder in run_folders]
+    if not labels:
+        names = {
+            run.path: name if len(group) == 1 else f"{name}, seed {run.seed}"
+            for name, group in named_groups(runs).items()
+            for run in group
+        }
+        labels = [names[run.path] for run in runs]
+    models, shown = [], None
     if with_teacher and teacher is not None:
+        shown = Path(teacher)
         if Path(teacher).is_dir():
-            name = f"teacher {load_run(teacher).student}"
-            models.append(load_run_student(teacher, label=name, weights=teacher_weights))
+            label = f"{_TEACHER}{load_run(teacher).student}"
+            models.append(
+                load_run_student(teacher, label=label, weights=teacher_weights, dataset=dataset)
+            )
         else:
             models.append(load_detector(str(teacher), teacher_weights, label="teacher"))
     elif with_teacher:
-        distilled = [folder for folder in run_folders if load_run(folder).teacher]
-        models += [load_run_teacher(folder) for folder in distilled[:1]]
-    pairs = zip(run_folders, labels, strict=True)
-    students = [load_run_student(folder, label=label) for folder, label in pairs]
+        for run in [run for run in runs if run.teacher][:1]:
+            models.append(load_run_teacher(run.path))
+            shown = run.teacher_folder
+    models = [replace(model, is_teacher=True) for model in models]
+    pairs = zip(runs, labels, strict=True)
+    students = [
+        load_run_student(run.path, label=label, dataset=dataset)
+        for run, label in pairs
+        if shown is None or run.path.resolve() != shown.resolve()
+    ]
+    if not students:
+        raise ConfigError("the only run is the teacher's: name at least one student's run folder")
     for model in models:
-        see_the_size_of(model, students[-1].cfg)
+        match_test_size(model, students[-1].cfg)
     return models + students
 
 
-def see_the_size_of(model: LoadedModel, other: CfgNode) -> None:
+def match_test_size(model: LoadedModel, other: CfgNode) -> None:
     """Makes a model read images at the test size of another's config, so that the two compare.
 
     A model that pads images to a square (ViTDet) reads larger ones at the size of its square.

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cv2
 import numpy as np
 from detectron2.structures import BoxMode, Instances
-from detectron2.utils.visualizer import GenericMask, Visualizer
+from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -22,6 +21,8 @@ from kd_detectron.visualize.figures import new_figure, save_figure
 from kd_detectron.visualize.models import LoadedModel, check_classes, read_rgb
 
 GROUND_TRUTH = "ground truth"
+# An untrained model gives as many as TEST.DETECTIONS_PER_IMAGE, which would hide the image.
+MOST_DETECTIONS = 30
 _PANEL_INCHES = 3.6
 _PANEL_PIXELS = 720
 # Seen both on light and on dark images, and apart from each other.
@@ -45,7 +46,7 @@ _COLOURS = (
 class Objects:
     """What one panel shows, G objects: boxes (G, 4) XYXY in pixels, classes, scores and masks.
 
-    ``scores`` is None for ground truth; ``masks`` is None, or one entry an object in any form that
+    ``scores`` is None for ground truth; ``masks`` is None, or one entry per object in any form that
     Detectron2's ``Visualizer`` draws.
     """
 
@@ -73,7 +74,7 @@ def draw_predictions(
         score_threshold: detections below it are not drawn.
 
     Returns:
-        The figure, one axes a panel, row by row.
+        The figure, one axes per panel, row by row.
 
     Raises:
         ConfigError: there is no image, or a model has another number of classes.
@@ -111,7 +112,8 @@ def draw_predictions(
         labels=[class_names[c] for c in used],
         loc="outside lower center",
         ncols=min(max(len(used), 1), 2 * len(titles)),
-        title=f"Detections with a score of at least {score_threshold:.2f}; numbers are scores in %",
+        title=f"Detections with a score of at least {score_threshold:.2f}, at most the best "
+        f"{MOST_DETECTIONS} per image; numbers are scores in %",
         frameon=False,
         fontsize=10,
     )
@@ -131,8 +133,9 @@ def ground_truth(record: dict) -> Objects:
 
 
 def detections(instances: Instances, score_threshold: float) -> Objects:
-    """Returns the detections that reach the threshold."""
+    """Returns the detections that reach the threshold, at most the MOST_DETECTIONS best ones."""
     kept = instances[instances.scores >= score_threshold]
+    kept = kept[kept.scores.argsort(descending=True)[:MOST_DETECTIONS]]
     return Objects(
         boxes=kept.pred_boxes.tensor.numpy(),
         classes=kept.pred_classes.tolist(),
@@ -152,24 +155,12 @@ def draw_objects(image: np.ndarray, objects: Objects, colours: Mapping[int, tupl
     Returns:
         The drawn image, RGB, enlarged or reduced to a width that suits a panel.
     """
-    height, width = image.shape[:2]
-    scale = _PANEL_PIXELS / width
-    size = (_PANEL_PIXELS, round(height * scale))
-    # Enlarged before it is drawn on: Visualizer's lines and letters fit the image that it is given.
-    enlarged = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    visualizer = Visualizer(enlarged, font_size_scale=2.5)
-    labels, masks = None, None
-    if objects.scores is not None:
-        labels = [f"{100 * score:.0f}" for score in objects.scores]
-    if objects.masks is not None:
-        masks = [
-            cv2.resize(GenericMask(mask, height, width).mask, size, interpolation=cv2.INTER_NEAREST)
-            for mask in objects.masks
-        ]
+    visualizer = Visualizer(image, scale=_PANEL_PIXELS / image.shape[1], font_size_scale=2.5)
+    scores = objects.scores
     visualizer.overlay_instances(
-        boxes=objects.boxes * scale,
-        labels=labels,
-        masks=masks,
+        boxes=objects.boxes,
+        labels=None if scores is None else [f"{100 * score:.0f}" for score in scores],
+        masks=objects.masks,
         assigned_colors=[colours[c] for c in objects.classes],
         alpha=0.4,
     )

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from detectron2.modeling import build_model
 from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import HTTPURLHandler
 from tiny import tiny_cfg
 
 from kd_detectron.backbones import MobileNetV2
@@ -259,10 +260,10 @@ def downloads(tmp_path, monkeypatch):
         return path
 
     monkeypatch.setattr(iopath.common.file_io, "download", download)
-    for handler in PathManager._path_handlers.values():
-        if hasattr(handler, "cache_map"):
-            monkeypatch.setattr(handler, "cache_map", {})
-    return urls
+    # A handler remembers what it has downloaded: a new one before and after.
+    PathManager.register_handler(HTTPURLHandler(), allow_override=True)
+    yield urls
+    PathManager.register_handler(HTTPURLHandler(), allow_override=True)
 
 
 def test_name_is_downloaded_once_and_loaded(downloads):

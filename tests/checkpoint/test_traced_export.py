@@ -1,5 +1,7 @@
 """TorchScript and ONNX files that detect what the model detects, at other image sizes too."""
 
+import json
+
 import onnxruntime
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny import tiny_cfg
 
 from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.checkpoint import traced_export as export
+from kd_detectron.checkpoint.export_command import main
 from kd_detectron.errors import ConfigError
 
 STUDENTS = {
@@ -105,6 +108,19 @@ def test_onnx_detects_what_the_model_does(tmp_path, image, student):
     assert_detects_the_same(run_exported, model)
 
 
+def test_files_say_how_they_are_fed_and_in_which_frame_boxes_are(tmp_path, image):
+    write_run(tmp_path, ["INPUT.FORMAT", "RGB"])
+    path = export.export_onnx(str(tmp_path), str(tmp_path / "student.onnx"), image)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["input_format"] == "RGB" and facts["min_size_test"] == "64"
+    assert "given (resized) image" in facts["pred_boxes"]
+    path = export.export_torchscript(str(tmp_path), str(tmp_path / "student.ts"), image)
+    extra = {"metadata.json": ""}
+    torch.jit.load(path, _extra_files=extra)
+    assert json.loads(extra["metadata.json"]) == facts
+
+
 def test_adapter_traces_two_images_of_different_sizes_as_well(tmp_path):
     model = write_run(tmp_path, [])
     generator = torch.Generator().manual_seed(0)
@@ -145,7 +161,7 @@ def test_command_exports_each_format(tmp_path, image):
     write_run(tmp_path, [])
     for name, suffix in (("detectron2", "pth"), ("torchscript", "ts"), ("onnx", "onnx")):
         arguments = [str(tmp_path), str(tmp_path / "out"), "--format", name, "--image", image]
-        assert export.main(arguments) == 0
+        assert main(arguments) == 0
         assert (tmp_path / "out" / f"student_final.{suffix}").is_file()
 
 
@@ -164,7 +180,7 @@ def test_command_exports_each_format(tmp_path, image):
 )
 def test_command_answers_bad_input_with_one_line(tmp_path, capsys, arguments, expected):
     write_run(tmp_path, [])
-    assert export.main([argument.format(run=tmp_path) for argument in arguments]) == 2
+    assert main([argument.format(run=tmp_path) for argument in arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ") and expected in error and "\n" not in error
 

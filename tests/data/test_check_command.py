@@ -1,5 +1,6 @@
-"""``datasets/check.py``: a line a dataset, or one sentence and exit code 2."""
+"""``datasets/check.py``: one line per dataset, or one sentence and exit code 2."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -47,3 +48,23 @@ def test_annotation_file_without_images_folder_is_a_usage_error(main):
     with pytest.raises(SystemExit) as caught:
         main(["--json", "a.json"])
     assert caught.value.code == 2
+
+
+def test_paths_are_those_of_the_config_or_of_the_working_directory(
+    main, make_cfg, tmp_path, monkeypatch, capsys
+):
+    make_cfg()
+    for variable, folder in (("", tmp_path), (str(tmp_path), tmp_path.parent)):
+        monkeypatch.setenv("DETECTRON2_DATASETS", variable)
+        monkeypatch.chdir(folder)
+        assert main(["--json", "tiny/annotations.json", "--images", "tiny/images"]) == 0
+    assert capsys.readouterr().out.count("6 images") == 2
+
+
+def test_all_test_images_are_compared_with_their_annotated_size(main, make_cfg, make_coco, capsys):
+    content = make_coco()
+    _, json_file, image_dir = make_cfg(content).DATASETS.COCO_FORMAT[0]
+    content["images"][5]["width"] += 1
+    Path(json_file).write_text(json.dumps(content))
+    assert main(["--json", json_file, "--images", image_dir]) == 2
+    assert "1 of 6 images are not of the annotated size" in capsys.readouterr().err

@@ -69,4 +69,20 @@ def test_the_source_is_never_replaced(source, capsys):
     main = runpy.run_path(str(SCRIPT))["main"]
     assert main([str(source), str(source.parent / "." / "train.json"), "--images", "4"]) == 2
     assert source.read_bytes() == before
-    assert "would replace the annotations" in capsys.readouterr().err
+    assert "must be different files" in capsys.readouterr().err
+
+
+def test_rest_has_all_images_that_were_not_drawn(source, tmp_path, capsys):
+    main = runpy.run_path(str(SCRIPT))["main"]
+    drawn, rest = tmp_path / "drawn.json", tmp_path / "rest.json"
+    assert main([str(source), str(drawn), "--images", "4", "--rest", str(rest)]) == 0
+    whole, *parts = (json.loads(file.read_text()) for file in (source, drawn, rest))
+    for key, count in (("images", 6), ("annotations", 18)):
+        assert len(parts[1][key]) == count
+        both = parts[0][key] + parts[1][key]
+        assert sorted(entry["id"] for entry in both) == [entry["id"] for entry in whole[key]]
+    assert parts[1]["categories"] == whole["categories"]
+    assert main([str(source), str(drawn), "--images", "4", "--rest", str(drawn)]) == 2
+    assert "must be different files" in capsys.readouterr().err
+    assert main([str(source), str(drawn), "--images", "10", "--rest", str(rest)]) == 2
+    assert "ask for 1 to 9" in capsys.readouterr().err

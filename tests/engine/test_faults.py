@@ -238,9 +238,9 @@ def test_corrupt_image_in_mid_epoch_is_named_and_stops_a_run_or_is_skipped(
     # The second of three batches of the first epoch.
     cfg = get_config(str(folder / "run.yaml"))
     register_coco_format(cfg)
-    batches = iter(loader := build_train_loader(cfg))
-    next(batches), next(batches)
-    image = data / "train" / os.path.basename(loader.last_file_names[0])
+    batches = iter(build_train_loader(cfg))
+    next(batches)
+    image = data / "train" / os.path.basename(next(batches)[0]["file_name"])
     whole = image.read_bytes()
     image.write_bytes(whole[: len(whole) // 2])
 

@@ -125,7 +125,7 @@ def test_trains_and_writes_the_student_alone(config):
     assert any("distillers." in x for x in torch.load(output / "model_final.pth")["model"])
     result = json.loads((output / "result.json").read_text())
     assert result["finished"] and result["iterations"] == 2 and result["results"] == {}
-    assert result["distillers"] == ["CKD", "ReviewKD"] and result["config"] == "run"
+    assert result["distillers"] == ["CKD", "ReviewKD"]
     assert result["teacher_parameters"] > 0 and result["distiller_parameters"] > 0
 
 

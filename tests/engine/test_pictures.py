@@ -18,7 +18,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.engine import DistillationTrainer
-from kd_detectron.engine.pictures import FEATURES, PREDICTIONS, TrainingPictures, undisturbed
+from kd_detectron.engine.pictures import (
+    FEATURES,
+    PREDICTIONS,
+    TrainingPictures,
+    eval_without_side_effects,
+)
 
 PROPOSALS = "Left: GT bounding boxes;  Right: Predicted proposals"
 
@@ -161,7 +166,7 @@ def test_modes_and_random_states_are_put_back():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(1)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    with undisturbed(model):
+    with eval_without_side_effects(model):
         assert not any(module.training for module in model.modules())
         assert model[0].graph is not graph
         random.random(), np.random.rand(), torch.rand(1)

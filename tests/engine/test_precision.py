@@ -86,3 +86,36 @@ def test_precision_that_cannot_work_is_refused(tmp_path, opts, words):
     with pytest.raises(ConfigError) as error:
         DistillationTrainLoop.from_config(cfg, model, [], optimizer)
     assert all(word in str(error.value) for word in words)
+
+
+class Scaler:
+    """A loss scaler as fp16 has one; a real one needs a GPU."""
+
+    def __init__(self):
+        self.loaded = None
+
+    def state_dict(self):
+        return {"scale": 8.0}
+
+    def load_state_dict(self, state):
+        if not state:
+            raise RuntimeError("The source state dict is empty")
+        self.loaded = state
+
+
+def test_run_without_fp16_can_be_resumed_with_it():
+    model = torch.nn.Linear(2, 2)
+    loops = [
+        DistillationTrainLoop(model, [], torch.optim.SGD(model.parameters(), lr=0.1))
+        for _ in range(2)
+    ]
+    plain, half = loops
+    for loop in loops:
+        loop.iter = 3
+    state = plain.state_dict()
+    assert state["grad_scaler"] == {}
+    half.grad_scaler = Scaler()
+    half.load_state_dict(state)
+    assert half.iter == 3 and half.grad_scaler.loaded is None, "the scaler starts anew"
+    half.load_state_dict(half.state_dict())
+    assert half.grad_scaler.loaded == {"scale": 8.0}

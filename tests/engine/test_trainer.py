@@ -7,92 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from tiny import NUM_CLASSES, distilled_cfg
+from tiny import tiny_cfg
+from tiny_training import run_cfg, train
 
-from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.engine import DistillationTrainer
 from kd_detectron.engine.hooks import schedule_factor
 from kd_detectron.engine.main import main
 from kd_detectron.errors import NonFiniteLossError
 
 TRAIN_NET = str(Path(__file__).parents[2] / "tools" / "train_net.py")
-
-
-@pytest.fixture
-def dataset(tmp_path):
-    """Six noisy images with two boxes each, in COCO format; returns DATASETS.COCO_FORMAT."""
-    random = np.random.default_rng(0)
-    images, annotations = [], []
-    for index in range(6):
-        height, width = (64, 96) if index % 3 else (96, 64)
-        picture = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / f"{index}.png"), picture)
-        images.append(
-            {"id": index + 1, "file_name": f"{index}.png", "height": height, "width": width}
-        )
-        for box in range(2):
-            x, y = random.integers(0, 30, 2).tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": 1 + (index + box) % NUM_CLASSES,
-                    "bbox": [x, y, 24, 20],
-                    "area": 480,
-                    "iscrowd": 0,
-                    "segmentation": [[x, y, x + 24, y, x + 24, y + 20, x, y + 20]],
-                }
-            )
-    categories = [{"id": k + 1, "name": f"class {k}"} for k in range(NUM_CLASSES)]
-    path = tmp_path / "annotations.json"
-    path.write_text(
-        json.dumps({"images": images, "annotations": annotations, "categories": categories})
-    )
-    return [[f"tiny_{tmp_path.name}", str(path), str(tmp_path)]]
-
-
-def run_cfg(tmp_path, dataset, output, opts=()):
-    cfg = distilled_cfg(
-        tmp_path,
-        opts=[
-            *("DATASETS.COCO_FORMAT", dataset),
-            *("DATASETS.TRAIN", (dataset[0][0],)),
-            *("DATASETS.TEST", (dataset[0][0],)),
-            *("SOLVER.MAX_ITER", 6),
-            *("SOLVER.CHECKPOINT_PERIOD", 3),
-            *("SOLVER.WARMUP_ITERS", 2),
-            *("SOLVER.STEPS", (5,)),
-            *("OUTPUT_DIR", str(tmp_path / output)),
-            *opts,
-        ],
-    )
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    register_coco_format(cfg)
-    return cfg
-
-
-def train(cfg, resume=False, until=None):
-    torch.manual_seed(0)
-    trainer = DistillationTrainer(cfg)
-    trainer.resume_or_load(resume=resume)
-    if until is not None:
-
-        def stop():
-            if trainer.iter == until:
-                raise InterruptedError
-
-        trainer._hooks[-1].before_step = stop
-        with pytest.raises(InterruptedError):
-            trainer.train()
-    else:
-        trainer.train()
-    return trainer
 
 
 def losses_by_iteration(cfg):
@@ -239,6 +166,17 @@ def test_accumulated_gradients_equal_the_large_batch(tmp_path, dataset):
 def test_schedule_warms_up_decays_and_stops(options, expected):
     options = {"warmup_iters": 0, "decay": "none", "stop_iter": 0, "max_iter": 4} | options
     assert [schedule_factor(i, **options) for i in range(4)] == pytest.approx(expected)
+
+
+def test_other_number_of_processes_scales_the_distillation_schedule_as_well():
+    opts = ["SOLVER.REFERENCE_WORLD_SIZE", 2, "SOLVER.MAX_ITER", 100, "SOLVER.IMS_PER_BATCH", 4]
+    schedule = ["KD.SCHEDULE.WARMUP_ITERS", 10, "KD.SCHEDULE.STOP_ITER", 60]
+    cfg = tiny_cfg([*opts, *schedule, "SOLVER.EMA.DECAY", 0.9])
+    scaled = DistillationTrainer.auto_scale_workers(cfg, 4)
+    assert (scaled.SOLVER.MAX_ITER, scaled.KD.SCHEDULE.STOP_ITER) == (50, 30)
+    assert scaled.KD.SCHEDULE.WARMUP_ITERS == 5
+    assert pytest.approx(0.81) == scaled.SOLVER.EMA.DECAY
+    assert DistillationTrainer.auto_scale_workers(scaled, 4) is scaled
 
 
 def arguments(cfg, tmp_path):

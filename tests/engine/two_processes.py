@@ -7,6 +7,7 @@ OUTPUT/RANK.pt says what was exchanged and what the gradients are.
 import sys
 
 import torch
+from detectron2.engine import create_ddp_model
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.utils import comm
@@ -14,7 +15,6 @@ from detectron2.utils.events import EventStorage
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from kd_detectron import get_config
-from kd_detectron.engine.trainer import distribute
 
 
 def make_comparable(model) -> None:
@@ -46,7 +46,7 @@ def main(config, batch, output, rank, world_size):
     model.teacher.model.register_buffer("mark", torch.tensor([float(rank)]))
     before = model.teacher.fingerprint()
     make_comparable(model)
-    distributed = distribute(model)
+    distributed = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
     exchanged = []
 
     def count(group, bucket):

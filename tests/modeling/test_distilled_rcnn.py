@@ -9,9 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.modeling import GeneralizedRCNN, GeneralizedRCNNWithTTA, build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.events import EventStorage
-from tiny import distilled_cfg, tiny_batch, tiny_cfg, write_tiny_teacher
+from tiny import distilled_cfg, every_distiller_cfg, tiny_batch, tiny_cfg, write_tiny_teacher
 
-from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
+from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import DistilledRCNN, FrozenTeacher
 
@@ -60,7 +60,7 @@ def test_distillation_leaves_the_detection_losses_as_they_are(tmp_path):
 
 
 def test_student_box_head_runs_once(tmp_path):
-    model = build(distilled_cfg(tmp_path, list(all_distillers())))
+    model = build(every_distiller_cfg(tmp_path))
     calls = Counter()
     for name, module in model.named_modules():
         if not list(module.children()) and not name.startswith("distillers"):
@@ -76,10 +76,21 @@ def test_student_box_head_runs_once(tmp_path):
     assert repeated == {}
 
 
-def all_distillers():
-    return sorted(
-        name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron.")
-    )
+def test_no_teacher_layer_runs_twice_or_unread_with_every_distiller(tmp_path):
+    cfg = every_distiller_cfg(tmp_path)
+    model = build(cfg)
+    calls = Counter()
+    with_weights = {name.rpartition(".")[0] for name, _ in model.teacher.model.named_parameters()}
+    for name in with_weights:
+        model.teacher.model.get_submodule(name).register_forward_hook(
+            lambda m, i, o, name=name: calls.update([name])
+        )
+    train_step(model, tiny_batch())
+    rpn = {name: count for name, count in calls.items() if name.startswith("proposal_generator")}
+    assert set(rpn.values()) == {5}, "the RPN's head runs once on each of the five levels"
+    assert set(calls) >= {"roi_heads.box_predictor.cls_score", "roi_heads.mask_head.predictor"}
+    assert {name: n for name, n in calls.items() if n > 1 and name not in rpn} == {}
+    assert set(calls) == with_weights, "the teacher keeps what it does not run"
 
 
 class Recorder(Distiller):
@@ -185,8 +196,7 @@ def test_teacher_sees_the_image_as_it_was_trained_to(tmp_path, student_format, t
 
 
 def test_teacher_is_frozen(tmp_path):
-    cfg = distilled_cfg(tmp_path, list(all_distillers()))
-    cfg.KD.TEACHER.OPTS = ["MODEL.RESNETS.NORM", "BN"]
+    cfg = every_distiller_cfg(tmp_path, ["KD.TEACHER.OPTS", ["MODEL.RESNETS.NORM", "BN"]])
     model = build(cfg)
     model.train()
     teacher = model.teacher
@@ -248,7 +258,10 @@ def test_test_time_augmentation_works(tmp_path):
 )
 @pytest.mark.parametrize("mask_on", [False, True])
 def test_unusual_batches_just_work(tmp_path, batch, mask_on):
-    cfg = distilled_cfg(tmp_path, list(all_distillers()), ["MODEL.MASK_ON", mask_on])
+    cfg = every_distiller_cfg(tmp_path)
+    if not mask_on:
+        cfg.MODEL.MASK_ON = False
+        cfg.KD.DISTILLERS.remove("MaskKD")
     model = build(cfg)
     losses = train_step(model, batch)
     assert all(torch.isfinite(value) for value in losses.values()), losses

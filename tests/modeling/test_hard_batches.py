@@ -7,14 +7,10 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from effort import effort
-from tiny import NUM_CLASSES, distilled_cfg
-
-from kd_detectron.distillers import DISTILLER_REGISTRY
-
-ALL = sorted(name for name, cls in DISTILLER_REGISTRY if cls.__module__.startswith("kd_detectron."))
+from tiny import NUM_CLASSES, all_distillers, every_distiller_cfg
 
 
 def image_with(boxes, size=(64, 96)) -> dict:
@@ -23,6 +19,7 @@ def image_with(boxes, size=(64, 96)) -> dict:
     instances = Instances(size)
     instances.gt_boxes = Boxes(boxes)
     instances.gt_classes = torch.arange(len(boxes)) % NUM_CLASSES
+    instances.gt_masks = BitMasks(torch.ones(len(boxes), *size, dtype=torch.bool))
     image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
     return {"image": image, "instances": instances, "height": size[0], "width": size[1]}
 
@@ -34,7 +31,7 @@ def thousand_boxes():
 
 def built(tmp_path, opts=()):
     torch.manual_seed(0)
-    return build_model(distilled_cfg(tmp_path, ALL, list(opts)))
+    return build_model(every_distiller_cfg(tmp_path, list(opts)))
 
 
 def step(model, batch) -> dict:
@@ -64,7 +61,7 @@ def step(model, batch) -> dict:
 def test_losses_and_gradients_stay_finite(tmp_path, batch, opts):
     model = built(tmp_path, opts)
     losses = step(model, batch)
-    assert len(losses) == 4 + len(ALL)
+    assert len(losses) == 5 + len(all_distillers())
     assert (losses["loss_box_reg"] == 0) == ("MODEL.ROI_HEADS.IOU_THRESHOLDS" in opts)
     assert all(torch.isfinite(value) for value in losses.values()), losses
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -80,7 +77,7 @@ def test_teacher_is_the_same_after_many_steps_of_every_distiller(tmp_path):
         *("SOLVER.BASE_LR", 1e-6),
     ]
     model = built(tmp_path, opts)
-    optimizer = build_optimizer(distilled_cfg(tmp_path, ALL, opts), model)
+    optimizer = build_optimizer(every_distiller_cfg(tmp_path, opts), model)
     teacher, student = model.teacher.fingerprint(), model.state_dict()
     student = {name: tensor.clone() for name, tensor in student.items()}
     for index in range(effort(50, 200)):

@@ -1,1 +1,1 @@
-from coco_files import forget_new_datasets, make_cfg, make_coco, write_coco  # noqa: F401
+from coco_files import make_cfg, make_coco, write_coco  # noqa: F401

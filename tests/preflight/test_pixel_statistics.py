@@ -39,13 +39,13 @@ def test_mean_in_the_other_channel_order_is_warned_of_with_the_fix(
 ):
     model = build_model(distilled_cfg(tmp_path, ["CKD"], [*student, "KD.TEACHER.OPTS", teacher]))
     found = warn_of_pixel_statistics(model)
-    assert [who for text in found for who in ("student", "teacher") if f"the {who}," in text] == (
-        warned
-    )
+    assert [
+        who for text in found for who in ("student", "teacher") if f"of the {who} are" in text
+    ] == (warned)
     for text in found:
         assert text in caplog.text
         assert "INPUT.FORMAT" in text and "PIXEL_MEAN" in text
-        assert f"to {RGB_MEAN}" in text or f"to {BGR_MEAN}" in text
+        assert f"them to {RGB_MEAN}" in text or f"them to {BGR_MEAN}" in text
 
 
 STATISTICS_KEYS = {"format_key": "INPUT.FORMAT", "mean_key": "the mean", "std_key": "the std"}
@@ -55,11 +55,16 @@ STATISTICS_KEYS = {"format_key": "INPUT.FORMAT", "mean_key": "the mean", "std_ke
     ("order", "mean", "std", "words"),
     [
         # The standard deviation alone in the other order.
-        ("RGB", RGB_MEAN, BGR_STD, ["the std", str(BGR_STD), f"to {RGB_STD}"]),
-        ("BGR", BGR_MEAN, RGB_STD, ["the std", str(RGB_STD), f"to {BGR_STD}"]),
+        ("RGB", RGB_MEAN, BGR_STD, ["(the std)", str(BGR_STD), f"to {RGB_MEAN} and {RGB_STD}"]),
+        ("BGR", BGR_MEAN, RGB_STD, ["(the std)", str(RGB_STD), f"to {BGR_MEAN} and {BGR_STD}"]),
         # torchvision's, of images in 0..1; in the other order; as often rounded.
         ("RGB", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], ["0..1", "255", f"to {RGB_MEAN}"]),
-        ("BGR", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], ["0..1", "RGB order", "reverse"]),
+        (
+            "BGR",
+            [0.485, 0.456, 0.406],
+            [0.229, 0.224, 0.225],
+            ["0..1", "in RGB order", f"to {BGR_MEAN}"],
+        ),
         ("BGR", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], ["0..1", "[127.5, 127.5, 127.5]"]),
         ("BGR", [0.4, 0.4, 0.4], [1.0, 1.0, 1.0], ["0..1"]),
         ("BGR", [0.0, 0.0, 0.0], [0.2, 0.2, 0.2], ["0..1"]),

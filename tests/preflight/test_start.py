@@ -33,7 +33,7 @@ def test_both_training_and_check_look_at_class_and_channel_order(tmp_path, capfd
     path = tmp_path / "run.yaml"
     path.write_text(cfg.dump())
     for file, code, words in (
-        ("train.json", 0, ["INPUT.FORMAT is RGB for the student"]),
+        ("train.json", 0, ["of the student are ImageNet's in BGR order"]),
         ("reversed.json", 2, ["class 0 is 'disc'", "'cross'"]),
     ):
         entry = [["of_the_teacher", str(data / file), str(data / "train")]]

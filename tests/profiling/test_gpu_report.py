@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.profiling import gpu_report
@@ -39,20 +38,26 @@ def test_unknown_method_is_refused():
 
 
 class BrokenModel(torch.nn.Module):
-    """A detector whose distillation loss is not finite."""
+    """A detector without distillers, one of whose losses is multiplied by a factor."""
 
-    def __init__(self):
+    def __init__(self, factor):
         super().__init__()
-        self.distillers = {"KD": None}
+        self.factor = factor
+        self.distillers = {}
         self.weight = torch.nn.Parameter(torch.ones(()))
 
     def forward(self, batch):
-        return {"loss_cls": self.weight, "loss_kd": self.weight * float("nan")}
+        return {"loss_cls": self.weight, "loss_kd": self.weight * self.factor}
 
 
 def test_loss_that_is_not_finite_fails_the_check():
     with pytest.raises(RuntimeError, match="not finite.*loss_kd"):
-        gpu_report.distilled_step(BrokenModel(), [], "fp32")
+        gpu_report.distilled_step(BrokenModel(float("nan")), [], "fp32")
+
+
+def test_step_without_distillation_fails_the_check():
+    with pytest.raises(RuntimeError, match="no distillation loss among .*loss_cls"):
+        gpu_report.distilled_step(BrokenModel(1.0), [], "fp32")
 
 
 def test_failed_command_is_reported_with_its_last_line(tmp_path, monkeypatch):
@@ -81,16 +86,8 @@ def test_resumed_run_with_another_loss_scale_fails(tmp_path):
         gpu_report.compare_checkpoints(whole, write("weights.pth", 65536.0, 1.1))
 
 
-@pytest.fixture
-def forget_new_datasets():
-    known = set(DatasetCatalog)
-    yield
-    for name in set(DatasetCatalog) - known:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.pop(name, None)
-
-
-def test_commands_train_resume_evaluate_and_export(tmp_path, forget_new_datasets):
+@pytest.mark.slow
+def test_commands_train_resume_evaluate_and_export(tmp_path):
     def run_here(module, arguments):
         assert importlib.import_module(module).main(arguments) == 0
 
@@ -125,6 +122,7 @@ print(gpu_report.format_checks(checks))
 """
 
 
+@pytest.mark.slow
 def test_steps_run_without_the_compiled_part_of_detectron2():
     command = [sys.executable, "-c", WITHOUT_COMPILED_PART]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -6,11 +6,13 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import distilled_cfg, tiny_batch
 
+from kd_detectron.data.synthetic import make_synthetic
 from kd_detectron.profiling.gradient_norms import (
     DETECTION,
     PARTS,
     format_gradient_norms,
     gradient_norms,
+    main,
     student_parts,
 )
 
@@ -44,6 +46,28 @@ def test_feature_losses_pull_below_the_heads_and_in_proportion_to_their_weight(t
     for key in ("norm", "ratio"):
         expected = 10 * rows["loss_reviewkd"]["FPN"][key]
         assert stronger["FPN"][key] == pytest.approx(expected, rel=1e-3)
+
+
+def test_command_prints_a_table_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    make_synthetic(tmp_path / "data", 4, 2, image_size=(64, 64))
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
+    name = f"train_{tmp_path.name}"
+    opts = ["DATASETS.COCO_FORMAT", [[name, "train.json", "train"]], "DATASETS.TRAIN", (name,)]
+    opts += [
+        "DATASETS.TEST",
+        (),
+        "MODEL.ROI_HEADS.NUM_CLASSES",
+        8,
+        "OUTPUT_DIR",
+        str(tmp_path / "o"),
+    ]
+    cfg = distilled_cfg(tmp_path, ["ReviewKD"], opts)
+    cfg.KD.TEACHER.OPTS = ["MODEL.ROI_HEADS.NUM_CLASSES", 8]
+    (tmp_path / "run.yaml").write_text(cfg.dump())
+    assert main(["--config-file", str(tmp_path / "run.yaml"), "--batches", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "loss_reviewkd" in printed and "backbone: ratio" in printed
+    assert not (tmp_path / "o").exists()
 
 
 def test_measuring_leaves_no_gradient_and_no_hook(tmp_path):

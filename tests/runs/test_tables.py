@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.paired import Estimate
 from kd_detectron.runs.run import load_run
 from kd_detectron.runs.tables import build_table, load_teacher_result
 
@@ -46,8 +47,8 @@ def test_gain_and_share_of_the_gap(write_run, teacher_file):
     table = build_table([ckd, baseline], teachers=[load_teacher_result(teacher_file)])
     assert [row.method for row in table.rows] == ["teacher", "baseline", "CKD"]
     row = table.rows[2]
-    assert row.gain == {"bbox": 4.0}
-    assert row.gap_closed == {"bbox": 40.0}
+    assert row.gain == {"bbox": Estimate(4.0)}
+    assert row.gap_closed == {"bbox": Estimate(40.0)}
     assert table.rows[1].gain == {} and table.rows[1].gap_closed == {}
     assert table.notes == []
 
@@ -62,7 +63,7 @@ def test_seeds_of_one_experiment_share_a_row(write_run):
     row = table.rows[1]
     value = row.metrics["bbox", "AP"]
     assert (row.runs, value.mean, value.deviation, value.count) == (3, 35.0, 1.0, 3)
-    assert row.gain == {"bbox": 5.0}
+    assert row.gain == {"bbox": Estimate(5.0)}
     assert row.seconds.mean == 120.0
     assert "CKD (n=3)" in table.text() and "35.00 ± 1.00" in table.text()
     assert "0:02:00" in table.text()
@@ -113,9 +114,9 @@ def test_gain_is_measured_against_the_same_student_only(write_run):
     table = build_table([r18, r50, ckd18, ckd50])
     assert [(row.method, row.pair, row.gain) for row in table.rows] == [
         ("baseline", "R18", {}),
-        ("CKD", "R101-R18", {"bbox": 4.0}),
+        ("CKD", "R101-R18", {"bbox": Estimate(4.0)}),
         ("baseline", "R50", {}),
-        ("CKD", "R101-R50", {"bbox": 3.0}),
+        ("CKD", "R101-R50", {"bbox": Estimate(3.0)}),
     ]
 
 
@@ -126,9 +127,9 @@ def test_named_baseline_takes_precedence_and_differences_are_noted(write_run):
     ambiguous = build_table([short, long, ckd])
     assert ambiguous.rows[-1].gain == {}
     assert "name one with --baseline" in ambiguous.notes[0]
-    assert build_table([short, ckd], baselines=[long]).rows[-1].gain == {"bbox": 4.0}
+    assert build_table([short, ckd], baselines=[long]).rows[-1].gain == {"bbox": Estimate(4.0)}
     unfair = build_table([short, long, ckd], baselines=[short])
-    assert unfair.rows[-1].gain == {"bbox": 14.0}
+    assert unfair.rows[-1].gain == {"bbox": Estimate(14.0)}
     assert "SOLVER.MAX_ITER (100, baseline 40000)" in unfair.notes[0]
     assert "iterations trained (100, baseline 10)" in unfair.notes[0]
 
@@ -192,7 +193,7 @@ def test_teacher_can_be_a_run_folder(write_run):
     ]
     table = build_table(runs, teachers=[teacher])
     assert table.rows[0].pair == "R101" and table.rows[0].seconds.mean == 7200.0
-    assert table.rows[-1].gap_closed == {"bbox": 40.0}
+    assert table.rows[-1].gap_closed == {"bbox": Estimate(40.0)}
 
 
 def test_box_ap_of_a_teacher_file_is_no_mask_rcnn_in_a_mixed_table(write_run, teacher_file):
@@ -204,9 +205,9 @@ def test_box_ap_of_a_teacher_file_is_no_mask_rcnn_in_a_mixed_table(write_run, te
     ]
     table = build_table(runs, teachers=[load_teacher_result(teacher_file)])
     shares = {(row.detector, row.method): row.gap_closed for row in table.rows}
-    assert shares["Faster R-CNN", "CKD"] == {"bbox": 40.0}
+    assert shares["Faster R-CNN", "CKD"] == {"bbox": Estimate(40.0)}
     assert shares["Mask R-CNN", "CKD"] == {}
-    assert table.rows[-1].gain == {"bbox": 4.0, "segm": 4.0}
+    assert table.rows[-1].gain == {"bbox": Estimate(4.0), "segm": Estimate(4.0)}
 
 
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"bbox": 3}', '{"AP": '])
@@ -215,6 +216,93 @@ def test_teacher_file_without_ap_is_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"teacher\.json"):
         load_teacher_result(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"AP": "high"}', '{"results": 3}', '{"bbox": {"AP": null}}', '{"results": {"bbox": [1]}}'],
+)
+def test_teacher_file_with_odd_values_is_refused(tmp_path, text):
+    (tmp_path / "teacher.json").write_text(text)
+    with pytest.raises(ConfigError, match=r'holds no "AP"'):
+        load_teacher_result(tmp_path / "teacher.json")
+
+
+def test_gain_is_paired_by_seed_and_has_its_interval(write_run, teacher_file):
+    def seeds(name, aps, **options):
+        return [
+            load_run(write_run(f"{name}{seed}", ap=[ap], seed=seed, **options))
+            for seed, ap in aps.items()
+        ]
+
+    baseline = seeds("base", {1: 20.0, 2: 30.0, 3: 34.0})
+    # By seed +1, +2 and +3: mean 2, standard deviation 1, however far apart the seeds are.
+    ckd = seeds("ckd", {1: 21.0, 2: 32.0, 3: 37.0}, distillers=["CKD"])
+    teachers = [load_teacher_result(teacher_file)]
+    table = build_table([*baseline, *ckd], teachers=teachers)
+    gain, share = table.rows[-1].gain["bbox"], table.rows[-1].gap_closed["bbox"]
+    half = 4.30265 / 3**0.5
+    assert gain.mean == 2.0
+    assert (gain.low, gain.high) == pytest.approx((2 - half, 2 + half))
+    assert share.mean == pytest.approx(100 * 2 / 12)
+    assert "+2.00 (-0.48 to +4.48)" in table.text() and "17% (" in table.markdown()
+    row = read_csv(table)[-1]
+    assert (row["box gain"], row["box gain low"]) == ("2.0", f"{2 - half:.4f}")
+    assert float(row["box gap closed low %"]) == pytest.approx(share.low, abs=1e-4)
+    assert any("95 % confidence interval" in note for note in table.notes)
+
+    # Seeds that one of the two lacks are left out of the gain, and the table says so.
+    fewer = build_table([*baseline[:2], *ckd], teachers=teachers)
+    assert fewer.rows[-1].gain["bbox"].mean == 1.5
+    assert any("over the 2 seeds" in note for note in fewer.notes)
+    # Nothing to pair with one seed in common, or seeds that are not fixed.
+    alone = build_table([baseline[0], *ckd])
+    assert alone.rows[-1].gain == {"bbox": Estimate(10.0)}
+
+
+def test_other_test_datasets_are_shown_when_asked(write_run):
+    opts = ["DATASETS.TEST", ("coco_2017_val", "mine")]
+    metrics = [{"iteration": 9, "coco_2017_val/bbox/AP": 10.0, "mine/bbox/AP": 20.0}]
+    for folder, result in (("ended", True), ("stopped", False)):
+        path = write_run(folder, opts=opts, metrics=metrics, result=result)
+        if result:
+            record = json.loads((path / "result.json").read_text())
+            record["results"] = {
+                "coco_2017_val": {"bbox": {"AP": 10.0}},
+                "mine": {"bbox": {"AP": 20.0}},
+            }
+            (path / "result.json").write_text(json.dumps(record))
+        run = load_run(path)
+        assert (run.results, run.test_dataset) == ({"bbox": {"AP": 10.0}}, "coco_2017_val")
+        assert run.series("bbox/AP") == ([9], [10.0])
+        other = load_run(path, "mine")
+        assert (other.results, other.test_dataset) == ({"bbox": {"AP": 20.0}}, "mine")
+        assert other.series("bbox/AP") == ([9], [20.0])
+        with pytest.raises(ConfigError, match=r"not evaluated on 'yours'.*'mine'"):
+            load_run(path, "yours")
+
+
+def test_keys_that_the_backbone_does_not_read_are_no_difference(write_run):
+    mobile = ["MODEL.BACKBONE.NAME", "build_mobilenetv2_fpn_backbone"]
+    baseline = load_run(write_run("a", ap=[30.0], opts=mobile))
+    ckd = load_run(
+        write_run("b", ap=[31.0], distillers=["CKD"], opts=[*mobile, "MODEL.RESNETS.DEPTH", 101])
+    )
+    assert build_table([baseline, ckd]).notes == []
+    frozen = [*mobile, "MODEL.RESNETS.NORM", "BN"]
+    other = load_run(write_run("c", ap=[31.0], distillers=["CKD"], opts=frozen))
+    assert "RESNETS.NORM" in build_table([baseline, other]).notes[0]
+
+
+def test_teacher_of_the_runs_is_named_so_and_is_no_baseline(write_run):
+    teacher = write_run("teacher", depth=18, ap=[40.0])
+    weights = ["KD.TEACHER.WEIGHTS", str(teacher / "model_final.pth")]
+    ckd = write_run("ckd", distillers=["CKD"], ap=[34.0], opts=weights)
+    base = write_run("base", ap=[30.0], opts=["SOLVER.BASE_LR", 1.0])
+    runs = [load_run(folder) for folder in (teacher, base, ckd)]
+    table = build_table(runs)
+    assert [row.method.split(" ")[0] for row in table.rows] == ["teacher", "baseline", "CKD"]
+    assert table.rows[-1].gain == {"bbox": Estimate(4.0)}
 
 
 def load_tool(name):

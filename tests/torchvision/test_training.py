@@ -49,7 +49,8 @@ def test_run_folder_is_read_as_those_of_detectron2(runs):
     )
     assert [row.method for row in table.rows] == ["teacher", "baseline", "CKD+ReviewKD"]
     assert "bbox" in table.rows[2].gain and not any("differ" in note for note in table.notes)
-    assert plot_curves([load_run(runs / "baseline"), run]).axes
+    assert plot_curves({"baseline": [load_run(runs / "baseline")], "distilled": [run]}).axes
+    assert run.teacher_folder == runs / "teacher"
 
 
 def test_final_weights_are_the_plain_students(runs):

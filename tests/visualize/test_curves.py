@@ -2,6 +2,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.groups import named_groups
 from kd_detectron.runs.run import load_run
 from kd_detectron.visualize.curves import plot_curves
 
@@ -32,7 +33,7 @@ def test_one_panel_a_quantity_and_one_colour_a_method(write_run, tmp_path, check
         curve_run(write_run, "b", ["CKD", "ReviewKD"], seed=1),
         curve_run(write_run, "c", ["CKD", "ReviewKD"], seed=2),
     ]
-    figure = plot_curves(runs, tmp_path / "curves.png", teacher_ap={"bbox": 42.0})
+    figure = plot_curves(named_groups(runs), tmp_path / "curves.png", teacher_ap={"bbox": 42.0})
     assert titles(figure) == [
         "Box AP on the test data",
         "Total loss",
@@ -52,24 +53,26 @@ def test_one_panel_a_quantity_and_one_colour_a_method(write_run, tmp_path, check
 
 
 def test_mask_ap_has_a_panel_of_its_own(write_run):
-    figure = plot_curves([curve_run(write_run, "a", mask_ap=[20.0])])
+    figure = plot_curves(named_groups([curve_run(write_run, "a", mask_ap=[20.0])]))
     assert titles(figure)[:2] == ["Box AP on the test data", "Mask AP on the test data"]
 
 
 def test_pairs_are_named_where_there_are_several(write_run):
     runs = [curve_run(write_run, "a", ["CKD"]), curve_run(write_run, "b", ["CKD"], depth=50)]
-    (legend,) = plot_curves(runs).legends
+    (legend,) = plot_curves(named_groups(runs)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["CKD, R101-R18", "CKD, R101-R50"]
 
 
 def test_spike_does_not_flatten_a_loss_panel(write_run):
     lines = [{"iteration": i, "total_loss": 1e4 if i == 0 else 1.0 + i / 100} for i in range(100)]
-    figure = plot_curves([load_run(write_run("a", metrics=lines))])
+    figure = plot_curves(named_groups([load_run(write_run("a", metrics=lines))]))
     assert figure.axes[0].get_ylim()[1] < 3
 
 
 def test_panel_texts_do_not_overlap(write_run):
-    figure = plot_curves([curve_run(write_run, "a", ["CKD"]), curve_run(write_run, "b")])
+    figure = plot_curves(
+        named_groups([curve_run(write_run, "a", ["CKD"]), curve_run(write_run, "b")])
+    )
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)
     boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
@@ -80,4 +83,4 @@ def test_panel_texts_do_not_overlap(write_run):
 
 def test_runs_without_metrics_get_one_sentence(write_run):
     with pytest.raises(ConfigError, match="neither AP nor losses"):
-        plot_curves([load_run(write_run("a"))])
+        plot_curves(named_groups([load_run(write_run("a"))]))

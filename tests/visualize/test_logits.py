@@ -7,7 +7,6 @@ from kd_detectron.visualize.logits import (
     box_logits,
     class_correlation,
     draw_correlations,
-    draw_tsne,
 )
 from kd_detectron.visualize.models import dataset_records, load_run_student
 
@@ -23,9 +22,8 @@ def models(write_trained_run):
 
 def test_every_model_classifies_the_annotated_boxes(models):
     records, _ = dataset_records(models[0].cfg)
-    logits, classes = box_logits(models[1], records)
+    logits = box_logits(models[1], records)
     assert logits.shape == (6, 4)
-    assert classes.tolist() == [record["annotations"][0]["category_id"] for record in records]
     with pytest.raises(ConfigError, match="no box to classify"):
         box_logits(models[1], [records[0] | {"annotations": []}])
 
@@ -41,7 +39,7 @@ def test_each_student_stands_above_its_distance_to_the_teacher(models, tmp_path,
     records, names = dataset_records(models[0].cfg)
     teacher, *students = models
     figure = draw_correlations(teacher, students, records, names, tmp_path / "c.png")
-    matrices = [class_correlation(box_logits(model, records)[0]) for model in models]
+    matrices = [class_correlation(box_logits(model, records)) for model in models]
     distance = np.abs(matrices[2] - matrices[0]).mean()
     assert figure.axes[5].get_title() == f"distance to the teacher: {distance:.3f}"
     assert len(figure.axes) == 6 + 2
@@ -53,14 +51,3 @@ def test_each_student_stands_above_its_distance_to_the_teacher(models, tmp_path,
     labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
     assert labels == ["cat", "dog", "hen", "background"]
     check_picture(tmp_path / "c.png")
-
-
-def test_tsne_has_a_panel_a_model_and_a_point_a_box(models, tmp_path, check_picture):
-    records, names = dataset_records(models[0].cfg)
-    figure = draw_tsne(models, records, names, tmp_path / "t.png")
-    assert [len(axes.collections[0].get_offsets()) for axes in figure.axes] == [6, 6, 6]
-    (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["cat", "dog", "hen"]
-    check_picture(tmp_path / "t.png")
-    with pytest.raises(ConfigError, match="t-SNE needs four boxes"):
-        draw_tsne(models, records[:3], names)

@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
+import torch
+from detectron2.structures import Boxes, Instances
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.visualize.models import choose_records, dataset_records, load_run_student
 from kd_detectron.visualize.predictions import (
+    MOST_DETECTIONS,
     class_colours,
     detections,
     draw_objects,
@@ -32,6 +35,16 @@ def test_one_panel_an_image_and_model_beside_the_ground_truth(models, tmp_path, 
     assert all(panel.std() > 0 for panel in panels)
     assert not np.array_equal(panels[1], panels[2])
     check_picture(tmp_path / "p.png")
+
+
+def test_untrained_model_draws_no_wall_of_boxes():
+    instances = Instances((48, 64))
+    instances.pred_boxes = Boxes(torch.zeros(100, 4))
+    instances.scores = torch.linspace(0.1, 1.0, 100)
+    instances.pred_classes = torch.zeros(100, dtype=torch.int64)
+    shown = detections(instances, 0.0)
+    assert len(shown.boxes) == len(shown.scores) == MOST_DETECTIONS
+    assert shown.scores[0] == 1.0
 
 
 def test_masks_are_drawn(write_trained_run):

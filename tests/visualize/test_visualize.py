@@ -1,20 +1,12 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from detectron2.config import LazyConfig, instantiate
 
+from kd_detectron.runs.groups import named_groups
+from kd_detectron.runs.run import load_run
+from kd_detectron.visualize import main
+from kd_detectron.visualize.main import main as visualize
 from kd_detectron.visualize.models import dataset_records, load_detector, load_models
-
-
-@pytest.fixture
-def visualize():
-    path = Path(__file__).parents[2] / "tools" / "visualize.py"
-    spec = importlib.util.spec_from_file_location("visualize", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture
@@ -44,15 +36,12 @@ def runs(write_trained_run):
         ["cam", "--count", "1"],
         ["features", "--images", "3.png", "1.png"],
         ["logits"],
-        ["logits", "--tsne"],
         ["ap"],
         ["curves"],
     ],
     ids=" ".join,
 )
-def test_every_subcommand_writes_its_picture(
-    visualize, runs, command, tmp_path, capsys, check_picture
-):
+def test_every_subcommand_writes_its_picture(runs, command, tmp_path, capsys, check_picture):
     output = tmp_path / "pictures" / "picture.png"
     _, baseline, distilled = runs
     name, *options = command
@@ -61,13 +50,39 @@ def test_every_subcommand_writes_its_picture(
     assert str(output) in capsys.readouterr().out
 
 
-def test_teacher_can_be_named(visualize, runs, tmp_path):
+def test_teacher_can_be_named(runs, tmp_path):
     teacher, baseline, _ = runs
     output = str(tmp_path / "picture.png")
     assert visualize(["features", baseline, "--teacher", teacher, "--output", output]) == 0
     weights = ["--teacher-weights", f"{teacher}/student_final.pth", "--output", output]
     assert visualize(["features", baseline, "--teacher", f"{teacher}/config.yaml", *weights]) == 0
     assert visualize(["curves", baseline, "--teacher", teacher, "--output", output]) == 0
+
+
+def test_teacher_s_run_is_found_by_itself_and_is_no_method(runs, tmp_path, monkeypatch):
+    drawn = {}
+
+    def plot(groups, path, *, teacher_ap):
+        drawn.update(groups=groups, teacher_ap=teacher_ap)
+        path.write_text("")
+
+    monkeypatch.setattr(main, "plot_ap", plot)
+    output = ["--output", str(tmp_path / "p.png")]
+    for given in (runs, runs[1:]):
+        assert visualize(["ap", *given, *output]) == 0
+        assert drawn["teacher_ap"] == {"bbox": 40.0}
+        assert list(drawn["groups"]) == ["baseline", "CKD"]
+    assert visualize(["ap", *runs[:2], *output]) == 0
+    assert drawn["teacher_ap"] == {} and len(drawn["groups"]) == 2
+
+
+def test_all_pictures_call_a_method_by_the_same_name(runs):
+    models = load_models(runs)
+    assert [model.label for model in models] == ["teacher R101", "baseline", "CKD"]
+    assert [model.is_teacher for model in models] == [True, False, False]
+    assert list(named_groups([load_run(run) for run in runs]))[1:] == ["baseline", "CKD"]
+    shown = load_models(runs, with_teacher=False)
+    assert [model.label for model in shown] == ["teacher R101", "baseline", "CKD"]
 
 
 LAZY_TEACHER = """
@@ -104,7 +119,7 @@ def lazy_teacher(tmp_path):
 
 @pytest.mark.parametrize("command", ["predictions", "features", "logits"])
 def test_lazy_config_teacher_is_drawn(
-    visualize, write_trained_run, lazy_teacher, tmp_path, command, check_picture
+    write_trained_run, lazy_teacher, tmp_path, command, check_picture
 ):
     config, weights = lazy_teacher
     opts = ["KD.TEACHER.WEIGHTS", weights]
@@ -126,7 +141,7 @@ def test_lazy_config_teacher_reads_images_in_its_own_channel_order(
     assert torch.equal(teacher.inputs(record)["image"], student.inputs(record)["image"].flip(0))
 
 
-def test_user_error_is_one_sentence_and_exit_code_2(visualize, runs, tmp_path, capsys):
+def test_user_error_is_one_sentence_and_exit_code_2(runs, tmp_path, capsys):
     _, baseline, distilled = runs
     output = ["--output", str(tmp_path / "picture.png")]
     assert visualize(["features", baseline, *output]) == 2

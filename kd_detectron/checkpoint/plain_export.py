@@ -1,10 +1,14 @@
-"""The student alone, as a checkpoint and a config that stock Detectron2 reads.
+"""The student without its distillation: a checkpoint and a config that stock Detectron2 reads.
 
 A distilled run's checkpoint holds the trainer's state and the distillers' parameters, and its
 config holds keys that Detectron2 does not know. :func:`export_student` writes what is left when
 those are taken away, and only after it has built the plain model from the plain config and loaded
-it without a missing and without an unexpected key. Test: ``test_exported_student_loads_in_plain_
-detectron2`` in ``tests/test_export.py`` does so in a process that never imports this project.
+it without a missing and without an unexpected key. ``tests/checkpoint/test_plain_export.py`` does
+so in a process that never imports this project.
+
+Of a run the final checkpoint is exported, ``model_final.pth``, by the training itself as by the
+command; ``best`` asks for ``model_best.pth``. With averaged weights (``SOLVER.EMA``) both hold the
+average.
 
 Students whose backbone comes from :mod:`kd_detectron.backbones` are not in stock Detectron2; their
 config keeps that backbone's own node, and whoever loads it imports that module and calls its
@@ -17,21 +21,15 @@ from typing import NamedTuple
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
 from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
 from kd_detectron.checkpoint.files import atomic_open
-from kd_detectron.errors import ConfigError
-from kd_detectron.runs.files import LAST_CHECKPOINT, last_checkpoint
+from kd_detectron.config import get_config
+from kd_detectron.errors import ConfigError, did_you_mean
 
 _logger = logging.getLogger(__name__)
-
-PLAIN_META_ARCHITECTURES = {
-    "DistilledPanopticFPN": "PanopticFPN",
-    "DistilledRCNN": "GeneralizedRCNN",
-    "DistilledRetinaNet": "RetinaNet",
-}
 
 
 class ExportedStudent(NamedTuple):
@@ -41,30 +39,34 @@ class ExportedStudent(NamedTuple):
     config: str
 
 
-def export_student(src: str, dst: str, *, cfg: CfgNode | str | None = None) -> ExportedStudent:
+def export_student(
+    src: str, dst: str, *, checkpoint: str = "final", cfg: CfgNode | str | None = None
+) -> ExportedStudent:
     """Writes a run's student as a plain Detectron2 checkpoint with its config beside it.
 
     Args:
-        src: a run's output folder (its last checkpoint is taken) or a checkpoint file.
+        src: a run's output folder or a checkpoint file.
         dst: the file to write, or a folder, for ``student_final.pth`` in it. The config becomes
             ``config.yaml`` beside it, or ``<checkpoint's name>.yaml`` where that would overwrite
             the run's own config.
-        cfg: the run's config or the path of it; by default the ``config.yaml`` beside ``src``.
+        checkpoint: which one of a folder, as for :func:`find_checkpoint`.
+        cfg: the run's config, its path or its bare name; by default the ``config.yaml`` beside
+            ``src``.
 
     Raises:
         ConfigError: a file is missing or unreadable, or the checkpoint does not fit the config.
         CheckpointWriteError: the result could not be written.
     """
-    checkpoint, run_config = find_run(src)
+    checkpoint = find_checkpoint(src, checkpoint)
     if not dst.endswith(".pth"):
         dst = os.path.join(dst, "student_final.pth")
     if os.path.realpath(dst) == os.path.realpath(checkpoint):
         raise ConfigError(f"the export of '{checkpoint}' would overwrite it: name another file")
     config = os.path.join(os.path.dirname(dst), "config.yaml")
-    if os.path.realpath(config) == os.path.realpath(run_config):
+    if os.path.realpath(config) == os.path.realpath(config_beside(checkpoint)):
         config = dst.removesuffix(".pth") + ".yaml"
 
-    cfg, model = load_student(checkpoint, run_config if cfg is None else cfg)
+    cfg, model = load_plain_student(checkpoint, cfg)
     cfg.MODEL.WEIGHTS = os.path.abspath(dst)
     os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
     with atomic_open(dst, "wb") as file:
@@ -75,12 +77,14 @@ def export_student(src: str, dst: str, *, cfg: CfgNode | str | None = None) -> E
     return ExportedStudent(dst, config)
 
 
-def load_student(checkpoint: str, cfg: CfgNode | str) -> tuple[CfgNode, torch.nn.Module]:
+def load_plain_student(
+    checkpoint: str, cfg: CfgNode | str | None = None
+) -> tuple[CfgNode, torch.nn.Module]:
     """Builds a run's student as a plain Detectron2 model on the CPU and loads all of it.
 
     Args:
         checkpoint: a checkpoint file of the run.
-        cfg: the run's config, or the path of it.
+        cfg: as for :func:`export_student`.
 
     Returns:
         the plain config, and the model in eval mode.
@@ -88,6 +92,13 @@ def load_student(checkpoint: str, cfg: CfgNode | str) -> tuple[CfgNode, torch.nn
     Raises:
         ConfigError: a file is missing or unreadable, or the checkpoint does not fit the config.
     """
+    if cfg is None:
+        cfg = config_beside(checkpoint)
+        if not os.path.isfile(cfg):
+            raise ConfigError(
+                f"there is no config.yaml beside '{checkpoint}': give the config that it was "
+                "trained with (--config-file)"
+            )
     cfg = student_config(cfg)
     on_cpu = cfg.clone()
     on_cpu.MODEL.DEVICE = "cpu"
@@ -113,12 +124,10 @@ def student_config(cfg: CfgNode | str) -> CfgNode:
     """Returns a run's config without the keys that stock Detectron2 does not know.
 
     Args:
-        cfg: the run's config, or the path of it.
+        cfg: the run's config, its path or its bare name.
     """
     if isinstance(cfg, str):
-        if not os.path.isfile(cfg):
-            raise ConfigError(f"the run's config '{cfg}' does not exist: name it with cfg=")
-        cfg = CfgNode(CfgNode.load_yaml_with_base(cfg))
+        cfg = get_config(cfg)
     plain = get_cfg()
     node = BACKBONE_NODES.get(cfg.MODEL.BACKBONE.NAME)
     if node is not None:
@@ -132,11 +141,22 @@ def student_config(cfg: CfgNode | str) -> CfgNode:
             cfg.MODEL.BACKBONE.NAME,
         )
     plain.merge_from_other_cfg(_known_part(cfg, plain))
-    name = plain.MODEL.META_ARCHITECTURE
-    plain.MODEL.META_ARCHITECTURE = PLAIN_META_ARCHITECTURES.get(name, name)
+    plain.MODEL.META_ARCHITECTURE = plain_meta_architecture(plain.MODEL.META_ARCHITECTURE)
     if node == "TIMM":
         plain.MODEL.TIMM.PRETRAINED = False  # the checkpoint has the weights
     return plain
+
+
+def plain_meta_architecture(name: str) -> str:
+    """The meta-architecture that a distilled one adds distillation to; others are their own."""
+    # Here, since kd_detectron.modeling imports this package.
+    from kd_detectron.modeling.distilled_rcnn import DistillationMixin
+
+    registered = dict(META_ARCH_REGISTRY)
+    for cls in getattr(registered.get(name), "__mro__", ()):
+        if not issubclass(cls, DistillationMixin) and registered.get(cls.__name__) is cls:
+            return cls.__name__
+    return name
 
 
 def _known_part(cfg: CfgNode, known: CfgNode) -> CfgNode:
@@ -149,14 +169,41 @@ def _known_part(cfg: CfgNode, known: CfgNode) -> CfgNode:
     return part
 
 
-def find_run(src: str) -> tuple[str, str]:
-    """Returns the checkpoint that ``src`` means and the path of its config."""
+def find_checkpoint(src: str, which: str = "final") -> str:
+    """Returns the checkpoint file that is meant.
+
+    Args:
+        src: a run's output folder, or a checkpoint file, which is then the one.
+        which: of a folder "final" (``model_final.pth``), "best" (``model_best.pth``), or a file's
+            name in it.
+
+    Raises:
+        ConfigError: there is no such file; those that there are, are named.
+    """
     if not os.path.isdir(src):
-        return src, os.path.join(os.path.dirname(src), "config.yaml")
-    checkpoint = last_checkpoint(src)
-    if checkpoint is None:
+        if not os.path.isfile(src):
+            folder, name = os.path.split(os.path.normpath(src))
+            there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+            raise ConfigError(
+                f"'{src}' does not exist; give a run's output folder or a checkpoint file"
+                + (did_you_mean(name, there) if there else "")
+            )
+        return src
+    names = {"final": "model_final.pth", "best": "model_best.pth"}
+    path = os.path.join(src, names.get(which, which))
+    if not os.path.isfile(path):
+        there = sorted(name for name in os.listdir(src) if name.endswith(".pth"))
         raise ConfigError(
-            f"'{src}' is no output folder of a run: it has no '{LAST_CHECKPOINT}'; name the"
-            " checkpoint file itself"
+            f"'{src}' has no '{os.path.basename(path)}'"
+            + (
+                f", but {', '.join(there)}; name one of them with --checkpoint"
+                if there
+                else ": it is no output folder of a run with a checkpoint"
+            )
         )
-    return str(checkpoint), os.path.join(src, "config.yaml")
+    return path
+
+
+def config_beside(checkpoint: str) -> str:
+    """The path of the config of the run that a checkpoint file belongs to."""
+    return os.path.join(os.path.dirname(checkpoint), "config.yaml")

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from tiny import distilled_cfg, tiny_batch, tiny_cfg
@@ -52,6 +53,7 @@ IN_PLAIN_DETECTRON2 = """
 import json, sys
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2 import model_zoo
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 
@@ -127,7 +129,7 @@ def test_config_can_be_given_for_a_checkpoint_without_one(run, tmp_path):
     for given in (cfg, str(tmp_path / "elsewhere.yaml")):
         exported = export_student(str(folder / "model_final.pth"), str(tmp_path / "out"), cfg=given)
         assert os.path.isfile(exported.checkpoint)
-    with pytest.raises(ConfigError, match="config.yaml.*cfg="):
+    with pytest.raises(ConfigError, match="no config.yaml beside .*--config-file"):
         export_student(str(folder / "model_final.pth"), str(tmp_path / "other"))
     assert not (tmp_path / "other").exists()
 
@@ -160,11 +162,49 @@ def test_run_that_cannot_be_exported_is_refused(run, tmp_path):
         export_student(str(folder), str(folder / "model_final.pth"))
     with pytest.raises(ConfigError, match="does not exist"):
         export_student(str(folder / "model_0000099.pth"), str(tmp_path / "out"))
-    with pytest.raises(ConfigError, match="no 'last_checkpoint'"):
+    with pytest.raises(ConfigError, match="no output folder of a run"):
         export_student(str(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="rum' does not exist.*did you mean run"):
+        export_student(str(tmp_path / "rum"), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="no 'model_best.pth', but model_0000009.pth, model_fin"):
+        export_student(str(folder), str(tmp_path / "out"), checkpoint="best")
     os.truncate(folder / "model_final.pth", 1000)
     with pytest.raises(ConfigError, match="truncated"):
         export_student(str(folder), str(tmp_path / "out"))
+
+
+def test_final_checkpoint_is_exported_unless_another_is_named(run, tmp_path):
+    folder, model = run
+    name, tensor = next(iter(model.state_dict().items()))
+    for file, value in (("model_best", 5.0), ("model_0000029", 7.0)):
+        tensor.fill_(value)
+        DistillationCheckpointer(model, str(folder)).save(file)
+    for given, value in (
+        ({}, None),
+        ({"checkpoint": "best"}, 5),
+        ({"checkpoint": file + ".pth"}, 7),
+    ):
+        exported = export_student(str(folder), str(tmp_path / "out"), **given)
+        student = torch.load(exported.checkpoint, weights_only=True)["model"]
+        final = torch.load(folder / "model_final.pth", weights_only=True)["model"][name]
+        assert (student[name] == (final if value is None else value)).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "meta"),
+    [
+        (None, "GeneralizedRCNN"),  # a file with two keys
+        ("ckd_rcnn_r101_r18.yaml", "GeneralizedRCNN"),
+        ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "RetinaNet"),
+    ],
+)
+def test_config_can_be_partial_a_bare_name_or_based_on_the_zoo(tmp_path, config, meta):
+    if config is None:
+        config = str(tmp_path / "partial.yaml")
+        (tmp_path / "partial.yaml").write_text("MODEL: {META_ARCHITECTURE: DistilledRCNN}\n")
+    elif "/" in config:
+        config = model_zoo.get_config_file(config)
+    assert student_config(config).MODEL.get("META_ARCHITECTURE") == meta
 
 
 @pytest.mark.parametrize("meta", ["GeneralizedRCNN", "PanopticFPN"])

@@ -1,0 +1,172 @@
+"""Which runs are one experiment: grouped over their seeds, named, and set against a baseline.
+
+Runs that differ in their seed alone are one group. Runs of one method that differ in anything else
+stay apart, and their names say in what, so that an ablation is never averaged away. Tables and
+pictures take their names from here.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kd_detectron.runs.files import flatten
+from kd_detectron.runs.run import Run, distiller_names
+
+TEACHER = "teacher"
+MISSING = "-"
+
+# What may differ between two runs of one experiment: it changes nothing that a row is about.
+_NOT_THE_EXPERIMENT = frozenset(
+    {
+        "CUDNN_BENCHMARK",
+        "DATALOADER.NUM_WORKERS",
+        "MODEL.DEVICE",
+        "OUTPUT_DIR",
+        "SEED",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "TEST.EVAL_PERIOD",
+        "VERSION",
+        "VIS_PERIOD",
+    }
+)
+_ARCHITECTURE = "MODEL.META_ARCHITECTURE"
+_SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE", "OPTIONS"})
+# Nodes that a backbone's builder reads, by a part of the builder's name.
+_BACKBONE_NODES = {
+    "resnet": "RESNETS",
+    "mobilenetv2": "MOBILENETV2",
+    "timm": "TIMM",
+    "torchvision": "TORCHVISION",
+}
+
+
+def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
+    """Groups runs that differ in their seed alone, in the order in which they were given."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        key = (run.finished or run.iterations, *sorted(experiment(run).items()))
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def experiment(run: Run) -> dict[str, str]:
+    """Returns the flattened config, without what does not distinguish two experiments."""
+    config = dict(run.config)
+    names = distiller_names(config)
+    kd = dict(config.pop("KD", None) or {})
+    model = dict(config["MODEL"])
+    if names:
+        used = {name.upper() for name in names} | _SHARED_KD_NODES
+        config["KD"] = {
+            key: value for key, value in kd.items() if key in used or not isinstance(value, Mapping)
+        }
+        config["KD"]["DISTILLERS"] = sorted(names)
+    else:
+        # A baseline is the same model under both meta-architectures.
+        model["META_ARCHITECTURE"] = run.detector
+    config["MODEL"] = model
+    unread = _unread_nodes(model)
+    return {
+        key: str(value)
+        for key, value in flatten(config).items()
+        if key not in _NOT_THE_EXPERIMENT and not key.startswith(unread)
+    }
+
+
+def _unread_nodes(model: Mapping) -> tuple[str, ...]:
+    """Beginnings of the keys that belong to other backbones than the model's."""
+    builder = model.get("BACKBONE", {}).get("NAME", "")
+    own = [node for part, node in _BACKBONE_NODES.items() if part in builder]
+    if not own:
+        return ()
+    unread = [f"MODEL.{node}." for node in _BACKBONE_NODES.values() if node not in own]
+    if "MODEL.RESNETS." in unread:
+        # Our own backbones read RESNETS.NORM and nothing else of it.
+        unread.remove("MODEL.RESNETS.")
+        keys = model.get("RESNETS", {})
+        unread += [f"MODEL.RESNETS.{key}" for key in keys if key != "NORM"]
+    return tuple(unread)
+
+
+def group_names(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Names each group by its method, and by what sets it apart from its namesakes.
+
+    The run that taught others of the groups is "teacher".
+    """
+    teachers = teacher_folders([run for group in groups for run in group])
+    names = []
+    for group in groups:
+        run = group[0]
+        namesakes = [
+            experiment(other[0])
+            for other in groups
+            if (other[0].method, other[0].pair, other[0].detector)
+            == (run.method, run.pair, run.detector)
+        ]
+        own = experiment(run)
+        keys = sorted({key for other in namesakes for key in other})
+        differing = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
+        parts = [
+            f"{key.removeprefix('KD.').removeprefix('MODEL.')} {_short(own.get(key))}"
+            for key in differing[:3]
+        ]
+        if len(differing) > 3:
+            parts.append(f"and {len(differing) - 3} more")
+        if not run.finished:
+            parts.append(f"unfinished, {run.iterations or 0} iterations")
+        if run.path.resolve() in teachers:
+            names.append(TEACHER)
+        else:
+            names.append(run.method + (f" ({', '.join(parts)})" if parts else ""))
+    return names
+
+
+def named_groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Groups runs by the names that pictures give them: method, and the pair if there are several.
+
+    A teacher's own run is "teacher R50".
+    """
+    groups = group_runs(runs)
+    names = group_names(groups)
+    students = [
+        group[0] for group, name in zip(groups, names, strict=True) if not name.startswith(TEACHER)
+    ]
+    several = (
+        len({run.student for run in students}) > 1
+        or len({run.teacher for run in students if run.teacher}) > 1
+    )
+    named: dict[str, list[Run]] = {}
+    for group, name in zip(groups, names, strict=True):
+        if name == TEACHER:
+            name = f"{TEACHER} {group[0].student}"
+        elif several:
+            name = f"{name}, {group[0].pair}"
+        named.setdefault(name, []).extend(group)
+    return named
+
+
+def teacher_folders(runs: Sequence[Run]) -> set[Path]:
+    """The run folders that the distilled ones among the runs have their teachers from."""
+    return {run.teacher_folder.resolve() for run in runs if run.teacher_folder}
+
+
+def confounders(name: str, run: Run, baseline: Run) -> list[str]:
+    """Notes what else differs between a run and its baseline than the distillation."""
+    own, base = experiment(run), experiment(baseline)
+    if run.iterations and baseline.iterations:
+        own["iterations trained"], base["iterations trained"] = run.iterations, baseline.iterations
+    keys = [key for key in sorted({*own, *base}) if not key.startswith("KD.")]
+    keys = [key for key in keys if own.get(key) != base.get(key) and key != _ARCHITECTURE]
+    if not keys:
+        return []
+    shown = [f"{key} ({_short(own.get(key))}, baseline {_short(base.get(key))})" for key in keys]
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return [
+        f"{name} differs from its baseline in {', '.join(shown[:3])}{more}: the gain is not the "
+        "method's alone."
+    ]
+
+
+def _short(value: object, limit: int = 30) -> str:
+    """A config value as text that fits into a row's name."""
+    text = MISSING if value is None else str(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
