@@ -4,7 +4,8 @@ The file defines what Detectron2's own LazyConfigs define: ``model``, ``dataload
 ``lr_multiplier``, ``train``. Its model is a distilled meta-architecture with ``teacher`` and
 ``distillers`` as explicit arguments (``configs/lazy/ckd_reviewkd_rcnn_r101_r18.py``); a plain
 detector trains as well. Optional are ``distillation_schedule``, with the keys of ``KD.SCHEDULE``,
-``train.seed`` and ``train.max_corrupt_images`` (``SEED`` and ``DATALOADER.MAX_CORRUPT_IMAGES``).
+``train.seed``, ``train.max_corrupt_images`` and ``train.ema_decay`` (``SEED``,
+``DATALOADER.MAX_CORRUPT_IMAGES``, ``SOLVER.EMA.DECAY``).
 
 Checks, train loop, hooks and loader are those of ``tools/train_net.py``. The checks are written
 for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and the LazyConfig's
@@ -50,9 +51,11 @@ from .hooks import (
     TeacherGuard,
     WriteResult,
 )
-from .main import keep_run_config, start
+from .launch import start
+from .main import keep_run_config
 from .train_loop import DistillationTrainLoop
 from .trainer import forget_metrics_from, run_facts, unwrap
+from .weight_average import WeightAverage
 
 logger = logging.getLogger("kd_detectron")
 
@@ -83,6 +86,7 @@ LAZY_KEYS = {
     "MODEL.WEIGHTS": "train.init_checkpoint",
     "OUTPUT_DIR": "train.output_dir",
     "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.EMA.DECAY": "train.ema_decay",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas",
 }
@@ -343,7 +347,11 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         model, output_dir, weights_key="train.init_checkpoint", trainer=trainer
     )
     step_seed = StepSeed(seed)
+    stop = StopOnSignal(checkpointer)
     own = []
+    if "ema_decay" in cfg.train:
+        own.append(WeightAverage(model, cfg.train.ema_decay))
+        checkpointer.saved_weights = own[0].applied
     if getattr(model, "teacher", None) is not None:
         own.append(TeacherGuard(model.teacher))
         if "distillation_schedule" in cfg:
@@ -357,7 +365,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     main_only = main_only if comm.is_main_process() else []
 
     def evaluate_now() -> dict:
-        trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
+        with checkpointer.saved_weights(), stop.at_once():
+            trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
         return trainer._last_eval_results
 
     trainer.register_hooks(
@@ -372,7 +381,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
             WriteResult(output_dir, run_facts(model, seed)),
             # The writer comes last, to write also what the evaluation found.
             *main_only[1:],
-            StopOnSignal(checkpointer),
+            stop,
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -389,9 +398,9 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     trainer.train(first, cfg.train.max_iter)
     if comm.is_main_process():
         path = os.path.join(output_dir, "student_final.pth")
-        state = unwrap(model).state_dict()
-        student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
-        with atomic_open(path, "wb") as file:
+        with checkpointer.saved_weights(), atomic_open(path, "wb") as file:
+            state = unwrap(model).state_dict()
+            student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
             torch.save({"model": student}, file)
         logger.info("The student alone, for plain Detectron2: %s", path)
 

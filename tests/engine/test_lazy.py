@@ -129,6 +129,18 @@ def test_trains_and_writes_the_student_alone(config):
     assert result["teacher_parameters"] > 0 and result["distiller_parameters"] > 0
 
 
+def test_weights_can_be_averaged(config):
+    path, output = config
+    assert main(["--config-file", path, "train.ema_decay=0.9", "train.max_iter=3"]) == 0
+    final = torch.load(output / "model_final.pth")
+    trained = final["trainer"]["hooks"]["WeightAverage"]["trained"]
+    name = "roi_heads.box_predictor.cls_score.weight"
+    assert not torch.equal(final["model"][name], trained[name])
+    assert torch.equal(
+        torch.load(output / "student_final.pth")["model"][name], final["model"][name]
+    )
+
+
 def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config, capsys):
     path, output = config
     assert main(["--config-file", path]) == 0
