@@ -187,6 +187,10 @@ def test_config_of_a_run_is_read_without_the_file_of_its_distiller(register, tmp
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert load_run_config(tmp_path).KD.SCALED.FACTOR == 1.0
     assert "OPTIONS" not in load_run_config(tmp_path).KD
+    # Such a run can teach as well.
+    teacher = ["KD.TEACHER.CONFIG_FILE", str(tmp_path / "config.yaml")]
+    cfg = get_config("ckd_rcnn_r101_r18.yaml", [*teacher, "KD.TEACHER.WEIGHTS", "none"])
+    assert teacher_config(cfg).KD.SCALED.FACTOR == 1.0
 
 
 def test_changed_option_of_a_users_distiller_makes_another_run(register, tmp_path):
