@@ -272,6 +272,7 @@ def as_yaml(cfg: DictConfig) -> CfgNode:
     yaml_view.OUTPUT_DIR = cfg.train.output_dir
     yaml_view.DATASETS.TRAIN = _dataset_names(cfg, "train")
     yaml_view.DATASETS.TEST = _dataset_names(cfg, "test")
+    yaml_view.DATALOADER.MAX_CORRUPT_IMAGES = cfg.train.get("max_corrupt_images", 0)
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
     yaml_view.INPUT.MASK_FORMAT = mapper.get("instance_mask_format", "polygon")
     keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
