@@ -48,8 +48,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Empty: the model zoo's checkpoint for that config, or else the one that your config names.
     # "none": random weights (tests, benchmarks).
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Parts of the student that start from the teacher's weights, by the start of their names, e.g.
-    # ["proposal_generator", "roi_heads"]; for students from scratch (MODEL.WEIGHTS goes before).
+    # Parts of the student that start from the teacher's weights, with or without distillers: by the
+    # start of their names, e.g. ["proposal_generator", "roi_heads"], or ["auto"] for all that fit
+    # behind the backbone's bottom-up network (FPN, RPN, heads). MODEL.WEIGHTS, which is loaded
+    # afterwards, should name a backbone alone.
     cfg.KD.TEACHER.INHERIT = []
     # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []
