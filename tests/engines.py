@@ -56,7 +56,7 @@ class Torchvision:
     def build(self, distillers, *, same_weights: bool = False) -> nn.Module:
         """A model in training mode; ``same_weights``: the teacher is a copy of the student."""
         student = tiny_torchvision.detector("mask", seed=1)
-        teacher = tiny_torchvision.detector("mask", seed=2, out_channels=12, box_channels=20)
+        teacher = tiny_torchvision.detector("mask", seed=2, width=12, box_channels=20)
         if same_weights:
             teacher = copy.deepcopy(student)
         torch.manual_seed(5)
@@ -97,7 +97,8 @@ class Detectron2:
 
         self.folder = folder
         self._cfg = distilled_cfg(folder, opts=["MODEL.MASK_ON", True])
-        self._cfg.KD.TEACHER.OPTS = ["MODEL.MASK_ON", True]
+        # PKD compares channel with channel.
+        self._cfg.KD.TEACHER.OPTS = ["MODEL.MASK_ON", True, "MODEL.FPN.OUT_CHANNELS", 32]
 
     def build(self, distillers, *, same_weights: bool = False) -> nn.Module:
         from detectron2.modeling import GeneralizedRCNN

@@ -15,12 +15,12 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.torchvision import DistilledDetector
 from kd_detectron.torchvision.conventions import level_names, renormalize
 
-OF_FEATURES = ["FGFI", "FitNet", "ReviewKD"]
+OF_FEATURES = ["FGFI", "FitNet", "PKD", "ReviewKD"]
 UNTRAINED = {"weights": None, "weights_backbone": None, "num_classes": 4}
 
 
 def distilled(distillers=("CKD", "ReviewKD"), kind="faster", **options) -> DistilledDetector:
-    teacher = detector(kind, seed=2, out_channels=12, box_channels=20)
+    teacher = detector(kind, seed=2, width=12, box_channels=20)
     return DistilledDetector(detector(kind, seed=1), teacher, distillers, **options).train()
 
 
@@ -49,7 +49,7 @@ def test_every_distiller_trains_on_two_stage_detectors(kind):
 @pytest.mark.parametrize("kind", ["retinanet", "fcos"])
 def test_feature_distillers_train_on_single_stage_detectors(kind):
     losses = step(distilled(OF_FEATURES, kind))
-    assert {"loss_fgfi", "loss_fitnet", "loss_reviewkd"} <= set(losses)
+    assert {f"loss_{name.lower()}" for name in OF_FEATURES} <= set(losses)
     assert all(torch.isfinite(value) for value in losses.values())
 
 
