@@ -52,10 +52,11 @@ TABLE_CONFIGS = tuple(
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 OK = "ok"
 # The modules of tools/train_net.py and tools/export_student.py, run as commands, not imported.
-MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.traced_export"
+MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.export_command"
 # The first steps in float16 may be left out until the loss scale fits.
 _SCALER_STEPS = 12
 _COMMAND_TIMEOUT = 600
+_RANDOM_PIXEL_STD = 1e4
 
 Check = dict[str, str | float]
 
@@ -67,13 +68,16 @@ def default_device() -> str:
 
 def random_weights(device: str, *, small: bool) -> list:
     """KEY VALUE overrides: no weights are loaded; with ``small``, models for a CPU."""
-    teacher = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-    teacher += ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+    # Without normalisation layers that learn, a random ResNet multiplies its input, a ResNet-101
+    # by more than float16 holds. Small inputs keep it finite, and cost the same time.
+    teacher = ["MODEL.PIXEL_STD", [_RANDOM_PIXEL_STD] * 3]
     opts = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "KD.TEACHER.WEIGHTS", "none"]
     if small:
-        opts += [*teacher, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "KD.TEACHER.OPTS", teacher]
+        teacher += ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+        teacher += ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+        opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16]
         opts += ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 100, "MODEL.RPN.POST_NMS_TOPK_TEST", 50]
-    return opts
+    return [*opts, *teacher, "KD.TEACHER.OPTS", teacher]
 
 
 # ---- does it work: steps ----

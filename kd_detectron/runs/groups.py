@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd_detectron.runs.files import flatten
-from kd_detectron.runs.run import Run, distiller_names
+from kd_detectron.runs.run import Run, distiller_names, has_teacher
 
 TEACHER = "teacher"
 MISSING = "-"
@@ -29,7 +29,7 @@ _NOT_THE_EXPERIMENT = frozenset(
     }
 )
 _ARCHITECTURE = "MODEL.META_ARCHITECTURE"
-_SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE", "OPTIONS"})
+_SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE"})
 # Nodes that a backbone's builder reads, by a part of the builder's name.
 _BACKBONE_NODES = {
     "resnet": "RESNETS",
@@ -52,9 +52,10 @@ def experiment(run: Run) -> dict[str, str]:
     """Returns the flattened config, without what does not distinguish two experiments."""
     config = dict(run.config)
     names = distiller_names(config)
+    taught = has_teacher(config)
     kd = dict(config.pop("KD", None) or {})
     model = dict(config["MODEL"])
-    if names:
+    if taught:
         used = {name.upper() for name in names} | _SHARED_KD_NODES
         config["KD"] = {
             key: value for key, value in kd.items() if key in used or not isinstance(value, Mapping)
