@@ -20,6 +20,7 @@ setup(
     package_data={
         "kd_detectron.configs": ["**/*.yaml", "studies/expected/*.json", "lazy/*.py"],
         "kd_detectron.runs": ["*.json"],
+        "kd_detectron.torchvision": ["*.yaml"],
     },
     python_requires=">=3.10",
     install_requires=[
@@ -33,6 +34,7 @@ setup(
         "tqdm>=4.65",
     ],
     extras_require={
+        "torchvision": ["lightning==2.6.6", "torchmetrics==1.9.0"],
         "timm": ["timm>=1.0"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
         "pictures": ["grad-cam>=1.5", "scikit-learn>=1.3"],

@@ -52,7 +52,7 @@ TABLE_CONFIGS = tuple(
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 OK = "ok"
 # The modules of tools/train_net.py and tools/export_student.py, run as commands, not imported.
-MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.traced_export"
+MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.export_command"
 # The first steps in float16 may be left out until the loss scale fits.
 _SCALER_STEPS = 12
 _COMMAND_TIMEOUT = 600

@@ -1,20 +1,21 @@
 """``make demo``: the whole of this project in minutes, on data that it makes itself.
 
 Makes a synthetic COCO-format dataset, trains a teacher, then for the same number of iterations a
-small student twice: without a teacher (the baseline) and distilled by CKD + ReviewKD. Evaluates all
-three by COCO AP, prints one table and writes pictures. It is the study
-``configs/studies/demo.yaml``; stopped at any moment, the same command goes on from there.
+small student as a baseline and the same student distilled, evaluates all by COCO AP, prints one
+table and writes pictures. With Detectron2 it is the study ``configs/studies/demo.yaml``, with
+torchvision's detectors the runs of ``kd_detectron/torchvision/demo.yaml``; stopped at any moment,
+the same command goes on from there.
 """
 
 import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
+from kd_detectron.commands import INTERRUPTED_EXIT_CODE, exit_code
 from kd_detectron.data.synthetic import make_synthetic
-
-from . import study
 
 NUM_TRAIN = 800
 NUM_VAL = 100
@@ -24,13 +25,38 @@ IMAGE_SIZE = (128, 128)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs or resumes the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description="Distils a small detector on synthetic data.")
-    parser.add_argument("--output", default="output/demo", help="folder of data, runs and pictures")
+    parser.add_argument("--output", help="folder of data, runs and pictures (default output/demo)")
+    parser.add_argument(
+        "--engine",
+        choices=("detectron2", "torchvision"),
+        default="detectron2" if find_spec("detectron2") else "torchvision",
+        help="whose detectors (default detectron2 where it is installed)",
+    )
+    parser.add_argument("--train-images", type=int, default=NUM_TRAIN)
+    parser.add_argument("--val-images", type=int, default=NUM_VAL)
+    parser.add_argument("--iterations", type=int, help="of every run (torchvision only)")
     args = parser.parse_args(argv)
-    data = Path(args.output) / "data"
-    print(f"making {NUM_TRAIN} + {NUM_VAL} synthetic images in {data}", flush=True)
-    make_synthetic(data, NUM_TRAIN, NUM_VAL, image_size=IMAGE_SIZE)
+    default = "output/demo" if args.engine == "detectron2" else "output/demo_torchvision"
+    output = args.output or default
+    data = Path(output) / "data"
+    print(f"making {args.train_images} + {args.val_images} synthetic images in {data}", flush=True)
+    make_synthetic(data, args.train_images, args.val_images, image_size=IMAGE_SIZE)
+    if args.engine == "torchvision":
+        return _on_torchvision(output, data, args.iterations)
+    from kd_detectron.studies import study
+
     os.environ["DETECTRON2_DATASETS"] = str(data.resolve())
-    return study.main(["demo.yaml", "--output", args.output])
+    return study.main(["demo.yaml", "--output", output])
+
+
+def _on_torchvision(output: str, data: Path, iterations: int | None) -> int:
+    from kd_detectron.torchvision.demo import run_demo
+
+    try:
+        return exit_code(lambda: run_demo(output, data, iterations=iterations))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint")
+        return INTERRUPTED_EXIT_CODE
 
 
 if __name__ == "__main__":

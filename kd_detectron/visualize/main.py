@@ -1,7 +1,8 @@
 """What ``tools/visualize.py`` does: reads the runs, draws one picture, writes it to a file.
 
 RUN is a run folder (OUTPUT_DIR). The teacher is the one that the first distilled run names; the
-images are those of its DATASETS.TEST, chosen by --seed.
+images are those of its DATASETS.TEST, chosen by --seed. Pictures of models import Detectron2 when
+they are drawn; AP and curves need none of it.
 """
 
 import argparse
@@ -14,13 +15,8 @@ from kd_detectron.runs.groups import named_groups, teacher_folders
 from kd_detectron.runs.main import DATASET_HELP
 from kd_detectron.runs.run import Run, load_run
 from kd_detectron.runs.tables import load_teacher_result
-from kd_detectron.visualize import models as loading
 from kd_detectron.visualize.ap import plot_ap
-from kd_detectron.visualize.cams import draw_cams
 from kd_detectron.visualize.curves import plot_curves
-from kd_detectron.visualize.features import draw_feature_differences
-from kd_detectron.visualize.logits import draw_correlations
-from kd_detectron.visualize.predictions import draw_predictions
 
 EXAMPLE = """
 examples:
@@ -59,37 +55,47 @@ def load_groups(args: argparse.Namespace) -> tuple[dict[str, list[Run]], dict[st
 
 
 def predictions(args: argparse.Namespace) -> None:
+    from kd_detectron.visualize.predictions import draw_predictions
+
     models = load_models(args)
     records, class_names = load_records(args, models)
     draw_predictions(models, records, class_names, args.output, score_threshold=args.threshold)
 
 
 def cam(args: argparse.Namespace) -> None:
+    from kd_detectron.visualize.cams import draw_cams
+
     models = load_models(args)
     records, class_names = load_records(args, models)
     draw_cams(models, records, class_names, args.output)
 
 
 def features(args: argparse.Namespace) -> None:
+    from kd_detectron.visualize.features import draw_feature_differences
+
     teacher, students = teacher_and_students(args)
     records, _ = load_records(args, students)
     draw_feature_differences(teacher, students, records, args.output)
 
 
 def logits(args: argparse.Namespace) -> None:
+    from kd_detectron.visualize.logits import draw_correlations
+
     teacher, students = teacher_and_students(args)
     records, class_names = load_records(args, students)
     draw_correlations(teacher, students, records, class_names, args.output)
 
 
-def teacher_and_students(args: argparse.Namespace) -> tuple[loading.LoadedModel, list]:
+def teacher_and_students(args: argparse.Namespace) -> tuple:
     models = load_models(args)
     if not models[0].is_teacher:
         raise ConfigError("none of the runs names a teacher to compare with: give --teacher")
     return models[0], models[1:]
 
 
-def load_models(args: argparse.Namespace) -> list[loading.LoadedModel]:
+def load_models(args: argparse.Namespace) -> list:
+    from kd_detectron.visualize import models as loading
+
     return loading.load_models(
         args.runs,
         labels=args.labels,
@@ -102,6 +108,8 @@ def load_models(args: argparse.Namespace) -> list[loading.LoadedModel]:
 
 def load_records(args: argparse.Namespace, models: list) -> tuple[list[dict], list[str]]:
     """The images to draw; the last model is a run's student, whose config names the dataset."""
+    from kd_detectron.visualize import models as loading
+
     records, class_names = loading.dataset_records(models[-1].cfg, args.dataset)
     if args.images:
         return loading.find_records(records, args.images), class_names

@@ -1,0 +1,162 @@
+"""COCO-format data for torchvision's detectors: ``CocoDetection`` and torchvision's v2 transforms.
+
+Classes are numbered from 1 in the order of their category ids; 0 is the background. Images without
+an object are left out of training, as Detectron2 does; crowd regions and empty boxes as well.
+"""
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.transforms import v2
+
+from kd_detectron.errors import ConfigError
+
+
+class DetectionData(Dataset):
+    """Images in [0, 1] and targets as torchvision's detectors take them.
+
+    Args:
+        annotations: a COCO-format file.
+        images: the folder of the images.
+        training: leave out images without objects, and flip images at random.
+        masks: give the objects' masks.
+
+    Attributes:
+        class_names: names of the K classes, in the order of their labels 1..K.
+    """
+
+    def __init__(
+        self, annotations: str | Path, images: str | Path, *, training: bool, masks: bool = False
+    ):
+        for path, what in ((annotations, "annotation file"), (images, "image folder")):
+            if not Path(path).exists():
+                raise ConfigError(f"the {what} {path} does not exist; check its path")
+        transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        if training:
+            transforms.insert(1, v2.RandomHorizontalFlip())
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress.
+            plain = CocoDetection(str(images), str(annotations), transforms=v2.Compose(transforms))
+        categories = sorted(plain.coco.cats.values(), key=lambda category: category["id"])
+        self.class_names = [category["name"] for category in categories]
+        self._labels = {category["id"]: i + 1 for i, category in enumerate(categories)}
+        self._masks = masks
+        if training:
+            plain.ids = [number for number in plain.ids if self._has_objects(plain, number)]
+        if not plain.ids:
+            raise ConfigError(
+                f"{annotations} has no image{' with an object' if training else ''}; choose another"
+            )
+        self.file_names = [plain.coco.imgs[number]["file_name"] for number in plain.ids]
+        keys = {"boxes", "labels", "image_id", "iscrowd", "area"} | ({"masks"} if masks else set())
+        self._data = wrap_dataset_for_transforms_v2(plain, target_keys=keys)
+
+    @staticmethod
+    def _has_objects(data: CocoDetection, number: int) -> bool:
+        objects = data.coco.imgToAnns.get(number, [])
+        return any(not x.get("iscrowd", 0) and min(x["bbox"][2:]) > 0 for x in objects)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict]:
+        image, target = self._data[index]
+        size = tuple(image.shape[-2:])
+        if "boxes" not in target:
+            boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size)
+            target |= {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.long)}
+            target |= {"iscrowd": [], "area": []}
+            if self._masks:
+                target["masks"] = torch.zeros(0, *size, dtype=torch.uint8)
+        labels = torch.tensor([self._labels[x] for x in target["labels"].tolist()])
+        boxes = target["boxes"].as_subclass(torch.Tensor).float()
+        crowd = torch.tensor(target["iscrowd"], dtype=torch.long)
+        result = {
+            "boxes": boxes,
+            "labels": labels.long(),
+            "iscrowd": crowd,
+            "area": torch.tensor(target["area"], dtype=torch.float32),
+        }
+        if self._masks:
+            result["masks"] = target["masks"].as_subclass(torch.Tensor).to(torch.uint8)
+        return image.as_subclass(torch.Tensor), result
+
+
+def trainable(target: dict) -> dict:
+    """A target without crowd regions and empty boxes, and without what only evaluation reads."""
+    boxes = target["boxes"]
+    kept = (target["iscrowd"] == 0) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return {key: target[key][kept] for key in ("boxes", "labels", "masks") if key in target}
+
+
+class BatchesByIteration(Sampler):
+    """The batches of a whole training as a function of seed and iteration.
+
+    A resumed training goes on with the batch after its last one.
+
+    Args:
+        length: images of the data set.
+        batch_size: images of a step, over all processes.
+        iterations: steps of the whole training.
+        seed: of the order.
+        start: the first iteration to give.
+        rank, world_size: this process gets its share of each batch.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        iterations: int,
+        *,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self._arguments = length, batch_size, iterations, seed
+        self._start = start
+        self._share = slice(rank, None, world_size)
+
+    def __len__(self) -> int:
+        return self._arguments[2]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        length, batch_size, iterations, seed = self._arguments
+        generator = torch.Generator().manual_seed(seed)
+        waiting: list[int] = []
+        for iteration in range(iterations):
+            while len(waiting) < batch_size:
+                waiting += torch.randperm(length, generator=generator).tolist()
+            batch, waiting = waiting[:batch_size], waiting[batch_size:]
+            if iteration >= self._start:
+                yield batch[self._share]
+
+
+def train_loader(data: DetectionData, batches: Sampler, workers: int) -> DataLoader:
+    """Batches of images and targets without what cannot be trained on."""
+    return DataLoader(
+        data, batch_sampler=batches, num_workers=workers, collate_fn=_collate_for_training
+    )
+
+
+def test_loader(data: DetectionData, batch_size: int, workers: int, shard: Sequence) -> DataLoader:
+    """The images of ``shard`` in order, with everything that evaluation needs."""
+    return DataLoader(
+        data, batch_size=batch_size, sampler=shard, num_workers=workers, collate_fn=_collate
+    )
+
+
+def _collate(items: list) -> tuple[list, list]:
+    images, targets = zip(*items, strict=True)
+    return list(images), list(targets)
+
+
+def _collate_for_training(items: list) -> tuple[list, list]:
+    images, targets = _collate(items)
+    return images, [trainable(target) for target in targets]

@@ -1,0 +1,322 @@
+"""DistilledDetector: a torchvision detector with a frozen teacher and a list of distillers.
+
+One training step, all of it in :meth:`DistilledDetector.forward`:
+
+1. the student's own forward pass, once, with taps on it;
+2. a context of what both models computed, the teacher's part lazily;
+3. each distiller's losses, times its weight, merged into torchvision's losses.
+
+In eval mode it is the student. ``student`` is the plain torchvision model to ship: script it,
+export it, save it.
+
+Legend: N images, R sampled proposals over the whole batch, K foreground classes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from kd_detectron.context import DistillationContext, StudentOutputs, TeacherOutputs
+from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from kd_detectron.errors import ConfigError, did_you_mean
+
+from .anatomy import Anatomy, read_anatomy
+from .conventions import (
+    background_last,
+    background_last_targets,
+    rows_of_anchors,
+    without_background,
+)
+from .taps import StudentTaps
+from .teacher import FrozenTeacher, TeacherRun
+
+# What a distiller may require, by the part of a detector that computes it.
+_OF_BOXES = frozenset({"logits", "box_features", "box_deltas", "box_targets"})
+_OF_RPN = frozenset({"objectness", "anchor_deltas", "anchor_labels"})
+_BY_LEVEL = frozenset({"features", "objectness", "anchor_deltas"})
+_BY_CLASS = frozenset({"logits", "box_deltas", "mask_logits"})
+
+
+class DistilledDetector(nn.Module):
+    """A torchvision detector as a student; trains like one, and in eval mode it is the student.
+
+    Attributes:
+        student: the plain torchvision model.
+        teacher: the :class:`FrozenTeacher`, or None. A plain object, so never in ``state_dict()``.
+        distillers: ``nn.ModuleDict`` by name; what they train is among ``parameters()``.
+        distillation_weights: loss weight by distiller name.
+        distillation_factor: multiplies all weights, 1 at first, for schedules; at 0 the teacher
+            does not run.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None = None,
+        distillers: Sequence[str | Distiller] | Mapping[str, float | Mapping] = (),
+        *,
+        inherit: Sequence[str] = (),
+        teacher_amp: bool = True,
+    ):
+        """
+        Args:
+            student: a torchvision Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS.
+            teacher: a trained one; it is frozen in place.
+            distillers: registered names or distiller objects, each with its default weight; or
+                the weight by name; or a mapping of options by name, "weight" among them.
+            inherit: the starts of the names of tensors ("rpn", "roi_heads") that the student
+                copies from the teacher before training. Works without any distiller.
+            teacher_amp: run the teacher in half precision on CUDA.
+
+        Raises:
+            ConfigError: student, teacher, a distiller or an inherited part does not fit.
+        """
+        super().__init__()
+        options = _options_by_name(distillers)
+        if (options or inherit) and teacher is None:
+            raise ConfigError(
+                f"distillers {list(options)} and inherit {list(inherit)} are given but no teacher; "
+                "give a trained torchvision detector as teacher"
+            )
+        if teacher is student:
+            raise ConfigError("student and teacher are the same object; build the student anew")
+        self.student = student
+        self._anatomy = read_anatomy(student, "student")
+        if inherit:
+            inherit_parts(inherit, student, teacher)
+        self.teacher = FrozenTeacher(teacher, amp=teacher_amp) if options else None
+        self._levels = self._shared_levels() if options else []
+        # Building layers draws random numbers: the student's training shall not depend on them.
+        with torch.random.fork_rng():
+            built = {name: self._build(name, entry) for name, entry in options.items()}
+        self.distillers = nn.ModuleDict(built).to(next(student.parameters()).device)
+        self.distillation_weights = {
+            name: _weight(name, entry, built[name]) for name, entry in options.items()
+        }
+        self.distillation_factor = 1.0
+        self._reads_rpn = any(not one.requires or one.requires & _OF_RPN for one in built.values())
+        self._register_state_dict_hook(_without_student_prefix)
+        self.register_load_state_dict_pre_hook(_with_student_prefix)
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict] | None = None):
+        """What torchvision's detectors take and return.
+
+        Args:
+            images: N tensors (3, H, W) in [0, 1].
+            targets: in training, one dict per image: "boxes" (G, 4), "labels" (G,) from 1, ...
+
+        Returns:
+            In training the dict of losses, torchvision's own and those of the distillers, weighted;
+            in eval mode the student's detections.
+        """
+        if not self.training or not self.distillers:
+            return self.student(images, targets)
+        with StudentTaps(self.student, self._anatomy) as taps:
+            losses = self.student(images, targets)
+        return losses | self._distillation_losses(taps, losses)
+
+    def _distillation_losses(self, taps: StudentTaps, detector_losses: Mapping) -> dict:
+        if self.distillation_factor == 0:
+            # Nothing is computed, but every distiller parameter still gets a (zero) gradient, since
+            # DistributedDataParallel waits for each of them.
+            like = next(iter(detector_losses.values()))
+            zero = sum((p.sum() * 0 for p in self.distillers.parameters()), like.new_zeros(()))
+            return {"loss_distillation": zero}
+        context = self._context(taps)
+        losses = {}
+        for name, distiller in self.distillers.items():
+            scale = self.distillation_weights[name] * self.distillation_factor
+            for key, value in distiller(context).items():
+                if key in losses or key in detector_losses:
+                    raise ConfigError(
+                        f"the distiller '{name}' returns '{key}', which another loss of this step "
+                        "is already called; rename it"
+                    )
+                losses[key] = value * scale
+        return losses
+
+    def _context(self, taps: StudentTaps) -> DistillationContext:
+        anatomy, num_classes = self._anatomy, self._anatomy.spec.num_classes
+        maps = dict(zip(anatomy.levels, taps.features.values(), strict=True))
+        sizes = {level: tuple(maps[level].shape[-2:]) for level in self._levels}
+        counts = [
+            one.shape[-2] * one.shape[-1] * anatomy.anchors_per_location[level]
+            for level, one in maps.items()
+        ]
+
+        def by_level(tensors) -> dict[str, torch.Tensor]:
+            named = dict(zip(anatomy.levels, tensors, strict=True))
+            return {level: named[level] for level in self._levels}
+
+        student = StudentOutputs(features=by_level(taps.features.values()))
+        teacher = TeacherRun(self.teacher, taps, self.student, self._levels, sizes)
+        context = DistillationContext(
+            student=student,
+            teacher=TeacherOutputs(teacher),
+            num_classes=num_classes,
+            image_sizes=[tuple(size) for size in taps.images.image_sizes],
+            gt_boxes=[target["boxes"] for target in taps.targets],
+            anchors=by_level(taps.anchors.float().split(counts)),
+        )
+        if anatomy.has_boxes and self._reads_rpn:
+            student.objectness = by_level(rows_of_anchors(x, 1).flatten(1) for x in taps.objectness)
+            student.anchor_deltas = by_level(rows_of_anchors(x, 4) for x in taps.anchor_deltas)
+            positive, negative = (torch.stack(masks).bool() for masks in taps.sampled_anchors)
+            labels = torch.full_like(positive, -1, dtype=torch.long)
+            labels = labels.masked_fill(negative, 0).masked_fill(positive, 1)
+            context.anchor_labels = by_level(labels.split(counts, dim=1))
+        if anatomy.has_boxes:
+            student.box_features = taps.box_features
+            student.logits = background_last(taps.logits)
+            student.box_deltas = without_background(taps.box_deltas, num_classes)
+            labels = torch.cat(taps.labels)
+            foreground = labels > 0
+            context.proposal_boxes = list(taps.proposal_boxes)
+            context.targets = background_last_targets(labels, num_classes)
+            # Background rows, in images without objects not even finite, are zeros.
+            context.box_targets = torch.cat(taps.box_targets).masked_fill(~foreground[:, None], 0)
+            if anatomy.has_masks:
+                student.mask_logits = without_background(taps.mask_logits, num_classes)
+                context.mask_classes = context.targets[foreground]
+        return context
+
+    def _shared_levels(self) -> list[str]:
+        teacher = self.teacher.anatomy.levels
+        return [level for level in self._anatomy.levels if level in teacher]
+
+    def _build(self, name: str, entry: Distiller | Mapping) -> Distiller:
+        requires = entry.requires if isinstance(entry, Distiller) else _registered(name).requires
+        _check_fits(name, requires, self._anatomy, self.teacher.anatomy, self._levels)
+        if isinstance(entry, Distiller):
+            return entry
+        options = {key: value for key, value in entry.items() if key.lower() != "weight"}
+        specs = [_of_levels(x.spec, self._levels) for x in (self._anatomy, self.teacher.anatomy)]
+        return build_distiller(name, options, *specs)
+
+
+def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) -> None:
+    """Starts parts of the student from the teacher's weights: the inheriting strategy.
+
+    As in Kang et al., "Instance-Conditional Knowledge Distillation for Object Detection" (arXiv
+    2110.12724), where neck and heads are inherited.
+
+    Args:
+        parts: the starts of the names of tensors, such as "rpn" and "roi_heads".
+        student: the detector that they are copied into.
+        teacher: the detector that they are copied from.
+
+    Raises:
+        ConfigError: the teacher has no such part, or the student's is another.
+    """
+    own = student.state_dict()
+    for part in parts:
+        inherited = {key: t for key, t in teacher.state_dict().items() if key.startswith(part)}
+        wrong = [k for k, t in inherited.items() if k not in own or own[k].shape != t.shape]
+        if not inherited or wrong:
+            example = f", e.g. {wrong[0]}" if wrong else ""
+            raise ConfigError(
+                f"inherit has '{part}', of which the teacher has {len(inherited)} tensors; the "
+                f"student lacks {len(wrong)} of them or has them in another shape{example}; name "
+                "only parts that are built alike (backbone.fpn, rpn, roi_heads)"
+            )
+        for key, tensor in inherited.items():
+            own[key].copy_(tensor)
+
+
+def _options_by_name(distillers) -> dict[str, Distiller | Mapping]:
+    """Distiller objects and option mappings by name, whatever form they were given in."""
+    if isinstance(distillers, str):
+        distillers = [distillers]
+    if isinstance(distillers, Mapping):
+        return {
+            name: entry if isinstance(entry, Mapping) else {"weight": entry}
+            for name, entry in distillers.items()
+        }
+    names = [one if isinstance(one, str) else type(one).__name__ for one in distillers]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"distillers are {names}: name each distiller once")
+    return {
+        name: {} if isinstance(one, str) else one
+        for name, one in zip(names, distillers, strict=True)
+    }
+
+
+def _registered(name: str) -> type[Distiller]:
+    known = [key for key, _ in DISTILLER_REGISTRY]
+    if name not in known:
+        raise ConfigError(
+            f"distillers name '{name}', which is not registered{did_you_mean(name, known)}"
+        )
+    return DISTILLER_REGISTRY.get(name)
+
+
+def _weight(name: str, entry: Distiller | Mapping, distiller: Distiller) -> float:
+    options = {} if isinstance(entry, Distiller) else entry
+    given = {key.lower(): value for key, value in options.items()}
+    weight = given.get("weight", getattr(distiller, "default_weight", 1.0))
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise ConfigError(
+            f"the weight of '{name}' is {weight!r}; it must be a finite number, not negative"
+        )
+    return float(weight)
+
+
+def _of_levels(spec: ModelSpec, levels: Sequence[str]) -> ModelSpec:
+    """A model's spec, of these levels alone."""
+    return ModelSpec(
+        channels={level: spec.channels[level] for level in levels},
+        strides={level: spec.strides[level] for level in levels},
+        num_classes=spec.num_classes,
+        box_channels=spec.box_channels,
+    )
+
+
+def _check_fits(
+    name: str, requires: frozenset[str], student: Anatomy, teacher: Anatomy, levels: Sequence[str]
+) -> None:
+    """Refuses a distiller that reads parts which student or teacher lack or do not share."""
+    for who, anatomy in (("student", student), ("teacher", teacher)):
+        if requires & (_OF_BOXES | _OF_RPN) and not anatomy.has_boxes:
+            raise ConfigError(
+                f"'{name}' reads outputs of the RPN or of the box head, which the {who}, a "
+                "single-stage detector, does not have; use distillers of features, such as "
+                "ReviewKD, or a Faster, Mask or Keypoint R-CNN"
+            )
+        if "mask_logits" in requires and not anatomy.has_masks:
+            raise ConfigError(
+                f"'{name}' reads mask logits, but the {who} has no mask head; use a Mask R-CNN for "
+                f"both, or leave '{name}' out"
+            )
+    classes = student.spec.num_classes, teacher.spec.num_classes
+    if requires & _BY_CLASS and classes[0] != classes[1]:
+        raise ConfigError(
+            f"the student has {classes[0]} classes without the background and the teacher "
+            f"{classes[1]}, but '{name}' compares them class by class; train the teacher on the "
+            "student's classes, or use distillers of features alone"
+        )
+    if requires & _BY_LEVEL and not levels:
+        strides = [list(anatomy.spec.strides.values()) for anatomy in (student, teacher)]
+        raise ConfigError(
+            f"'{name}' compares feature levels of the same stride, but the student's strides are "
+            f"{strides[0]} and the teacher's {strides[1]}; choose backbones that share a stride"
+        )
+    anchors = [{x: a.anchors_per_location[x] for x in levels} for a in (student, teacher)]
+    if requires & _OF_RPN and anchors[0] != anchors[1]:
+        raise ConfigError(
+            f"'{name}' compares anchor by anchor, but the student has {anchors[0]} anchors per "
+            f"location and the teacher {anchors[1]}; build both with the same anchor generator"
+        )
+
+
+def _without_student_prefix(module, state_dict, prefix, local_metadata) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}student.")]:
+        state_dict[prefix + key.removeprefix(f"{prefix}student.")] = state_dict.pop(key)
+
+
+def _with_student_prefix(module, state_dict, prefix, *_) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix)]:
+        name = key.removeprefix(prefix)
+        if not name.startswith("distillers."):
+            state_dict[f"{prefix}student.{name}"] = state_dict.pop(key)

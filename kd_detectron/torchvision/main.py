@@ -1,0 +1,115 @@
+"""The command ``tools/train_torchvision.py``: options in, a run folder out."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from kd_detectron.commands import (
+    FAILED_EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    add_import_option,
+    exit_code,
+    import_user_code,
+)
+from kd_detectron.errors import ConfigError, NonFiniteLossError
+
+from .options import TrainingOptions
+
+_NUMBERS = ("iterations", "batch_size", "warmup", "eval_period", "checkpoint_period", "log_period",
+            "workers", "seed")  # fmt: skip
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Trains a torchvision detector on COCO-format data, distilled or not."
+    )
+    parser.add_argument("--config", metavar="YAML", help="a file of these options, by name")
+    parser.add_argument("--output", help="the run folder")
+    for split in ("train", "val"):
+        parser.add_argument(
+            f"--{split}", nargs=2, metavar=("JSON", "IMAGES"), help="annotations and image folder"
+        )
+    parser.add_argument("--student", help="e.g. fasterrcnn_mobilenet_v3_large_320_fpn")
+    parser.add_argument("--teacher", help="e.g. fasterrcnn_resnet50_fpn_v2")
+    parser.add_argument("--teacher-weights", help="its trained weights")
+    parser.add_argument("--teacher-run", help="instead of both: the folder of its training")
+    parser.add_argument(
+        "--distillers",
+        nargs="+",
+        metavar="NAME[=WEIGHT]",
+        help="e.g. CKD=0.1 ReviewKD; options of each in --config",
+    )
+    parser.add_argument("--inherit", nargs="+", metavar="PART", help="e.g. rpn roi_heads")
+    parser.add_argument("--weights", help="of the student to start from")
+    parser.add_argument("--backbone-weights", help="e.g. IMAGENET1K_V1")
+    for which in ("student", "teacher"):
+        parser.add_argument(
+            f"--{which}-options",
+            type=yaml.safe_load,
+            metavar="YAML",
+            help="arguments of the detector, e.g. '{min_size: 480}'",
+        )
+    for name in _NUMBERS:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in ("learning_rate", "momentum", "weight_decay", "clip_gradients"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float)
+    parser.add_argument("--steps", nargs="+", type=int)
+    for name in ("precision", "devices", "accelerator"):
+        parser.add_argument(f"--{name}", help="Lightning's")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    add_import_option(parser)
+    return parser
+
+
+def read_options(args: argparse.Namespace) -> TrainingOptions:
+    """The options of ``--config``, overridden by those of the command line."""
+    values = {}
+    if args.config:
+        if not Path(args.config).is_file():
+            raise ConfigError(f"--config '{args.config}' is not a file")
+        values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    for key in ("config", "resume", "imports"):
+        given.pop(key, None)
+    if args.distillers:
+        given["distillers"] = dict(_name_and_weight(one) for one in args.distillers)
+    return TrainingOptions.from_mapping(values | given)
+
+
+def _name_and_weight(text: str) -> tuple[str, dict]:
+    name, _, weight = text.partition("=")
+    try:
+        return name, {"weight": float(weight)} if weight else {}
+    except ValueError as error:
+        raise ConfigError(f"--distillers has '{text}'; write NAME or NAME=WEIGHT") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains as the command line says; returns the exit code."""
+    args = build_parser().parse_args(argv)
+
+    def work() -> None:
+        for name in args.imports:
+            import_user_code(name)
+        options = read_options(args)
+        try:
+            from .training import train
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"training needs {error.name}, which is not installed; pip install "
+                "'kd_detectron[torchvision]'"
+            ) from error
+        for task, scores in train(options, resume=args.resume).items():
+            print(task, ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
+        print(f"run folder: {options.output}")
+
+    try:
+        return exit_code(work)
+    except NonFiniteLossError as error:
+        print(f"error: {error}")
+        return FAILED_EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume goes on from the last checkpoint")
+        return INTERRUPTED_EXIT_CODE

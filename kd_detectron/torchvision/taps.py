@@ -1,0 +1,121 @@
+"""Taps: read tensors out of the student's own forward pass, so that no student layer runs twice.
+
+:class:`StudentTaps` puts hooks on a torchvision detector for the time of one ``with`` block and
+records what the detector itself computes. What torchvision keeps to itself is read where it passes
+by: the assigned classes at ``select_training_samples``, the sampled anchors at the RPN's sampler,
+both wrapped for the same time. All is taken away when the block ends, also when it fails.
+
+Legend: N images, R sampled proposals over the whole batch, F foreground ones among them, K
+foreground classes. Everything here is as torchvision has it, background first.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from .anatomy import Anatomy, anchor_generator_of, features_of
+
+
+class StudentTaps:
+    """Records one training pass of a torchvision detector; use as a context manager.
+
+    Attributes after the pass (None where the detector has no such part):
+        images: the transformed batch, an ``ImageList``: normalised, resized, padded.
+        targets: the ground truth after the same transform, one dict per image.
+        features: the backbone's maps in its order, with graph.
+        anchors: (anchors of all levels, 4).
+        objectness, anchor_deltas: the RPN head's maps of each level, with graph.
+        sampled_anchors: positive and negative masks over all anchors of each image.
+        proposal_boxes: N tensors (R_i, 4), those that the logits belong to.
+        labels, box_targets: N tensors (R_i,) and (R_i, 4).
+        box_features, logits, box_deltas: of the R proposals, with graph.
+        mask_boxes: N tensors (F_i, 4); mask_logits: of the F foreground proposals, with graph.
+    """
+
+    def __init__(self, model: nn.Module, anatomy: Anatomy):
+        self._model = model
+        self._anatomy = anatomy
+        self._undo: list[Callable[[], None]] = []
+        self.images = self.targets = None
+        self.features: dict[str, torch.Tensor] = {}
+        self.anchors: torch.Tensor | None = None
+        self.objectness = self.anchor_deltas = self.sampled_anchors = None
+        self.proposal_boxes = self.labels = self.box_targets = None
+        self.box_features = self.logits = self.box_deltas = None
+        self.mask_boxes = self.mask_logits = None
+
+    def __enter__(self) -> "StudentTaps":
+        model = self._model
+        self._after(model.transform, self._record_inputs)
+        self._after(model.backbone, self._record_features)
+        self._after(anchor_generator_of(model), self._record_anchors)
+        if self._anatomy.has_boxes:
+            heads = model.roi_heads
+            self._after(model.rpn.head, self._record_rpn)
+            self._wrap(model.rpn, "fg_bg_sampler", self._record_sampled_anchors)
+            self._wrap(heads, "select_training_samples", self._record_samples)
+            self._before(heads.box_roi_pool, self._record_boxes)
+            self._after(heads.box_head, self._record_box_features)
+            self._after(heads.box_predictor, self._record_predictions)
+            if self._anatomy.has_masks:
+                self._before(heads.mask_roi_pool, self._record_mask_boxes)
+                self._after(heads.mask_predictor, self._record_masks)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def _after(self, module: nn.Module, record: Callable) -> None:
+        hook = module.register_forward_hook(lambda module, args, output: record(output))
+        self._undo.append(hook.remove)
+
+    def _before(self, module: nn.Module, record: Callable) -> None:
+        hook = module.register_forward_pre_hook(lambda module, args: record(*args))
+        self._undo.append(hook.remove)
+
+    def _wrap(self, owner: nn.Module, name: str, record: Callable) -> None:
+        original, own = getattr(owner, name), name in vars(owner)
+
+        def wrapped(*args, **kwargs):
+            result = original(*args, **kwargs)
+            record(result)
+            return result
+
+        setattr(owner, name, wrapped)
+        undo = (lambda: setattr(owner, name, original)) if own else (lambda: delattr(owner, name))
+        self._undo.append(undo)
+
+    def _record_inputs(self, output) -> None:
+        self.images, self.targets = output
+
+    def _record_features(self, output) -> None:
+        self.features = features_of(output)
+
+    def _record_anchors(self, output) -> None:
+        self.anchors = output[0]  # The same for every image of the batch.
+
+    def _record_rpn(self, output) -> None:
+        self.objectness, self.anchor_deltas = output
+
+    def _record_sampled_anchors(self, output) -> None:
+        self.sampled_anchors = output
+
+    def _record_samples(self, output) -> None:
+        _, _, self.labels, self.box_targets = output
+
+    def _record_boxes(self, features, boxes, image_sizes) -> None:
+        self.proposal_boxes = boxes
+
+    def _record_box_features(self, output) -> None:
+        self.box_features = output.flatten(1)
+
+    def _record_predictions(self, output) -> None:
+        self.logits, self.box_deltas = output
+
+    def _record_mask_boxes(self, features, boxes, image_sizes) -> None:
+        self.mask_boxes = boxes
+
+    def _record_masks(self, output) -> None:
+        self.mask_logits = output

@@ -1,0 +1,44 @@
+"""Under DistributedDataParallel the gradients of two processes are averaged, the teacher is not."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("torchvision_two_processes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_two_processes_have_the_average_of_their_gradients_and_a_teacher_each(tmp_path):
+    two_processes = load_script()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank), "2"], env=environment) for rank in range(2)]
+    assert [process.wait(timeout=240) for process in processes] == [0, 0]
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    images, targets = two_processes.images_and_targets()
+    alone = []
+    for rank in range(2):
+        model = two_processes.built()
+        mark = next(model.teacher.model.parameters())
+        mark.data += rank
+        losses = model(images[rank : rank + 1], targets[rank : rank + 1])
+        mark.data -= rank
+        assert torch.equal(results[rank]["mark"], mark)
+        sum(losses.values()).backward()
+        alone.append(two_processes.gradients(model))
+    assert any(name.startswith("distillers.ReviewKD") for name in alone[0])
+    for name, gradient in alone[0].items():
+        expected = (gradient + alone[1][name]) / 2
+        for result in results:
+            error = (result["gradients"][name] - expected).norm()
+            assert error <= 1e-4 * expected.norm(), name

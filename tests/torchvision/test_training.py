@@ -1,0 +1,218 @@
+"""Training on torchvision's detectors: run folder, resuming, command, what is refused."""
+
+import json
+
+import pytest
+import torch
+import yaml
+from run_folders_torchvision import SMALL, options, tiny_data  # noqa: F401
+
+from kd_detectron.errors import ConfigError
+from kd_detectron.runs.run import load_run
+from kd_detectron.runs.tables import build_table, load_teacher_result
+from kd_detectron.torchvision.data import BatchesByIteration, DetectionData, trainable
+from kd_detectron.torchvision.main import build_parser, main, read_options
+from kd_detectron.torchvision.models import build_detector, short_name
+from kd_detectron.torchvision.options import TrainingOptions
+from kd_detectron.torchvision.training import build_model, train
+from kd_detectron.visualize.curves import plot_curves
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_data, tmp_path_factory):  # noqa: F811
+    """Folders of a teacher, a baseline and a distilled student, each trained for four steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    teacher = {"student": "fasterrcnn_resnet18_fpn", "student_options": {**SMALL, "network": {}}}
+    distilled = {
+        "teacher_run": str(folder / "teacher"),
+        "distillers": {"CKD": 0.1, "ReviewKD": {"weight": 0.2, "mid_channels": 8}},
+        "inherit": ("roi_heads",),
+    }
+    for name, extra in {"teacher": teacher, "baseline": {}, "ckd_reviewkd": distilled}.items():
+        train(options(tiny_data, folder / name, **extra))
+    return folder
+
+
+def test_run_folder_is_read_as_those_of_detectron2(runs):
+    run = load_run(runs / "ckd_reviewkd")
+    assert (run.method, run.pair, run.detector) == ("CKD+ReviewKD", "R18-MV2x0.25", "Faster R-CNN")
+    assert run.finished and run.iterations == 4 and run.seed == 0 and run.seconds > 0
+    assert "AP" in run.results["bbox"] and run.test_dataset == "val"
+    assert {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc", "loss_ckd",
+            "loss_reviewkd", "total_loss"} == set(run.loss_names())  # fmt: skip
+    assert run.series("loss_ckd")[0] == [1, 3] and run.series("bbox/AP")[0] == [2, 4]
+    losses = run.history[3]
+    total = sum(value for name, value in losses.items() if name.startswith("loss_"))
+    assert losses["total_loss"] == pytest.approx(total)
+    table = build_table(
+        [load_run(runs / "baseline"), run], teachers=[load_teacher_result(runs / "teacher")]
+    )
+    assert [row.method for row in table.rows] == ["teacher", "baseline", "CKD+ReviewKD"]
+    assert "bbox" in table.rows[2].gain and not any("differ" in note for note in table.notes)
+    assert plot_curves({"baseline": [load_run(runs / "baseline")], "distilled": [run]}).axes
+    assert run.teacher_folder == runs / "teacher"
+
+
+def test_final_weights_are_the_plain_students(runs):
+    config = yaml.safe_load((runs / "ckd_reviewkd" / "config.yaml").read_text())
+    node = config["MODEL"]["TORCHVISION"]
+    weights = str(runs / "ckd_reviewkd" / "model_final.pth")
+    build_detector(node["DETECTOR"], 8, weights=weights, options=node["OPTIONS"])
+
+
+def test_interrupted_run_goes_on_from_its_checkpoint(runs, tiny_data, tmp_path, monkeypatch):  # noqa: F811
+    whole = [json.loads(x) for x in (runs / "baseline" / "metrics.json").read_text().splitlines()]
+    first = options(tiny_data, tmp_path / "run")
+    from kd_detectron.torchvision import training
+
+    original = training.DetectionModule.training_step
+
+    def stops(self, batch, index):
+        if self.global_step == 3:
+            raise RuntimeError("the machine went down")
+        return original(self, batch, index)
+
+    monkeypatch.setattr(training.DetectionModule, "training_step", stops)
+    with pytest.raises(RuntimeError, match="went down"):
+        train(first)
+    assert not (tmp_path / "run" / "result.json").exists()
+    monkeypatch.setattr(training.DetectionModule, "training_step", original)
+    train(first)
+    run = load_run(tmp_path / "run")
+    assert run.finished and run.iterations == 4
+    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
+    assert len(lines) == len(whole)
+    expected = next(x for x in whole if x["iteration"] == 3 and "lr" in x)
+    assert run.history[3]["lr"] == expected["lr"]
+    # Sampling and order are functions of seed and iteration; flips are not.
+    assert run.history[3]["loss_rpn_cls"] == pytest.approx(expected["loss_rpn_cls"], rel=0.05)
+    before = (tmp_path / "run" / "metrics.json").read_text()
+    train(first)
+    assert (tmp_path / "run" / "metrics.json").read_text() == before
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(runs, tiny_data):  # noqa: F811
+    with pytest.raises(ConfigError, match="--resume"):
+        train(options(tiny_data, runs / "baseline"), resume=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny_data, tmp_path, capsys):  # noqa: F811
+    arguments = command(tiny_data, tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0")
+    assert main(arguments) == 1
+    assert "is not finite at iteration" in capsys.readouterr().out
+
+
+def command(data, output, *more):
+    return [
+        *("--train", str(data / "train.json"), str(data / "train")),
+        *("--val", str(data / "val.json"), str(data / "val")),
+        *("--student", "fasterrcnn_mobilenet_v2_fpn", "--student-options", json.dumps(SMALL)),
+        *("--output", str(output), "--iterations", "4", "--batch-size", "2", "--workers", "0"),
+        *more,
+    ]
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    file = {"train": ["a.json", "a"], "val": ["b.json", "b"], "student": "x", "iterations": 7}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(file | {"output": "here", "steps": [3, 5]}))
+    line = ["--config", str(tmp_path / "run.yaml"), "--iterations", "9"]
+    line += ["--distillers", "CKD=0.1", "ReviewKD", "--inherit", "rpn"]
+    read = read_options(build_parser().parse_args(line))
+    assert (read.iterations, read.steps, read.inherit) == (9, (3, 5), ("rpn",))
+    assert read.distillers == {"CKD": {"weight": 0.1}, "ReviewKD": {}}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--train", "gone.json", "images"], ["annotation file gone.json", "does not exist"]),
+        (["--student", "fasterrcnn_resnet19_fpn"], ["fasterrcnn_resnet19_fpn", "did you mean"]),
+        (["--student-options", "{min_sise: 3}"], ["min_sise"]),
+        (["--distillers", "CKD"], ["teacher", "teacher_run"]),
+        (["--distillers", "CKD=much"], ["CKD=much", "NAME=WEIGHT"]),
+        (["--weights", "gone.pth"], ["gone.pth"]),
+        (["--teacher-run", "gone", "--inherit", "rpn"], ["gone", "run folder"]),
+        (["--config", "gone.yaml"], ["gone.yaml"]),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(tiny_data, tmp_path, capsys, more, words):  # noqa: F811
+    assert main(command(tiny_data, tmp_path / "run", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and all(word in error for word in words), error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"iterationes": 3}, ["iterationes", "did you mean iterations"]),
+        ({"output": ""}, ["output", "missing"]),
+        ({"train": ["a.json"]}, ["train", "image folder"]),
+    ],
+)
+def test_wrong_options_are_refused(values, words):
+    whole = {"output": "o", "student": "s", "train": ["a", "b"], "val": ["a", "b"]}
+    with pytest.raises(ConfigError) as error:
+        TrainingOptions.from_mapping(whole | values)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_teachers_weights_must_fit_in_every_key(runs, tiny_data):  # noqa: F811
+    weights = str(runs / "baseline" / "model_final.pth")
+    wrong = options(
+        tiny_data,
+        "unused",
+        teacher="fasterrcnn_resnet18_fpn",
+        teacher_options=SMALL | {"network": {}},
+        teacher_weights=weights,
+        distillers={"CKD": 1.0},
+    )
+    with pytest.raises(ConfigError, match="keys missing"):
+        build_model(wrong, 8)
+
+
+def test_batches_are_a_function_of_seed_and_iteration_and_shared_out():
+    whole = list(BatchesByIteration(7, 4, 5, seed=3))
+    assert [len(batch) for batch in whole] == [4] * 5 and len(
+        BatchesByIteration(7, 4, 5, seed=3)
+    ) == 5
+    assert sorted(sum(whole, [])[:7]) == list(range(7))
+    assert list(BatchesByIteration(7, 4, 5, seed=3, start=2)) == whole[2:]
+    halves = [list(BatchesByIteration(7, 4, 5, seed=3, rank=r, world_size=2)) for r in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(x) for x in whole]
+
+
+def test_data_numbers_classes_from_one_and_keeps_crowds_from_training(tmp_path):
+    from PIL import Image
+
+    for number in range(3):
+        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
+    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(3)]
+    box = {"area": 100, "iscrowd": 0, "segmentation": [[1, 1, 11, 1, 11, 11]]}
+    annotations = [
+        box | {"id": 1, "image_id": 0, "category_id": 7, "bbox": [1, 2, 10, 11]},
+        box | {"id": 2, "image_id": 0, "category_id": 3, "bbox": [5, 5, 0, 8]},
+        box | {"id": 3, "image_id": 1, "category_id": 3, "bbox": [5, 5, 9, 8], "iscrowd": 1},
+    ]
+    annotations[2]["segmentation"] = {"counts": [0, 1200], "size": [30, 40]}
+    content = {
+        "images": images,
+        "annotations": annotations,
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    train_data = DetectionData(tmp_path / "a.json", tmp_path, training=True)
+    val = DetectionData(tmp_path / "a.json", tmp_path, training=False)
+    assert val.class_names == ["cat", "dog"] and (len(train_data), len(val)) == (1, 3)
+    image, target = val[0]
+    assert image.dtype == torch.float32 and image.shape == (3, 30, 40)
+    assert target["boxes"][0].tolist() == [1, 2, 11, 13] and target["labels"].tolist() == [2, 1]
+    assert trainable(target)["labels"].tolist() == [2]
+    assert val[2][1]["boxes"].shape == (0, 4) and val[2][1]["labels"].dtype == torch.long
+
+
+def test_short_names():
+    assert short_name("fasterrcnn_resnet50_fpn_v2") == "R50"
+    assert short_name("fasterrcnn_mobilenet_v3_large_320_fpn") == "MV3"
+    assert short_name("fasterrcnn_mobilenet_v2_fpn", {"network": {"width_mult": 0.5}}) == "MV2x0.5"
+    assert short_name("retinanet_regnet_y_400mf_fpn") == "regnet_y_400mf"
