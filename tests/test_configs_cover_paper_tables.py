@@ -92,7 +92,7 @@ def test_every_distilled_row_exists_for_all_three_pairs():
     students = {}
     for _, methods, detector, student in leaves():
         students.setdefault((methods, detector), set()).add(student)
-    assert len(students) == 12 + 5
+    assert len(students) == 12 + 5 + 4
     assert all(found == {"r18", "r50", "mv2"} for found in students.values()), students
 
 

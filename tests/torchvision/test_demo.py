@@ -1,4 +1,4 @@
-"""``make demo`` on torchvision's detectors, and noticing in seconds that a source is unreachable."""
+"""``make demo`` on torchvision's detectors; an unreachable source is noticed in seconds."""
 
 import subprocess
 import sys
