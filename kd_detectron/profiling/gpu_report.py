@@ -47,7 +47,7 @@ DETECTORS = {
 }
 PAIRS = ("r101_r18", "r101_r50", "r50_mv2")
 TABLE_CONFIGS = tuple(
-    f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd")
+    f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd", "recipe")
 )
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 OK = "ok"
