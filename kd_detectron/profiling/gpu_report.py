@@ -47,7 +47,7 @@ DETECTORS = {
 }
 PAIRS = ("r101_r18", "r101_r50", "r50_mv2")
 TABLE_CONFIGS = tuple(
-    f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd")
+    f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd", "recipe")
 )
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 OK = "ok"
@@ -132,7 +132,8 @@ def device_precisions(device: str) -> list[str]:
     """float16 needs loss scaling, which there is on CUDA alone; bfloat16 needs a recent GPU."""
     if device == "cpu":
         return ["fp32", "bf16"]
-    return ["fp32", "fp16", *(["bf16"] if torch.cuda.is_bf16_supported() else [])]
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["fp32", "fp16", "bf16"] if has_bf16 else ["fp32", "fp16"]
 
 
 def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:

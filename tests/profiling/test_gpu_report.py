@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kd_detectron.config import find_config
 from kd_detectron.errors import ConfigError
 from kd_detectron.profiling import gpu_report
 
@@ -149,3 +150,7 @@ def test_steps_run_without_the_compiled_part_of_detectron2():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("6 of 7 checks ok, 0 failed\n")
+
+
+def test_configs_of_the_tables_exist():
+    assert all(find_config(name) for name in gpu_report.TABLE_CONFIGS)
