@@ -24,8 +24,13 @@ KINDS = ("configs", "distillers", "teachers")
 COMMANDS = {
     "train": "kd_detectron.engine.main",
     "train_lazy": "kd_detectron.engine.lazy",
-    "export": "kd_detectron.checkpoint.traced_export",
+    "train_torchvision": "kd_detectron.torchvision.main",
+    "export": "kd_detectron.checkpoint.export_command",
     "study": "kd_detectron.studies.study",
+    "table": "kd_detectron.runs.main",
+    "visualize": "kd_detectron.visualize.main",
+    "benchmark": "kd_detectron.profiling.report",
+    "gradient_norms": "kd_detectron.profiling.gradient_norms",
 }
 
 

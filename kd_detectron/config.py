@@ -48,8 +48,10 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Empty: the model zoo's checkpoint for that config, or else the one that your config names.
     # "none": random weights (tests, benchmarks).
     cfg.KD.TEACHER.WEIGHTS = ""
-    # Parts of the student that start from the teacher's weights, by the start of their names, e.g.
-    # ["proposal_generator", "roi_heads"]; for students from scratch (MODEL.WEIGHTS goes before).
+    # Parts of the student that start from the teacher's weights, with or without distillers: by the
+    # start of their names, e.g. ["proposal_generator", "roi_heads"], or ["auto"] for all that fit
+    # behind the backbone's bottom-up network (FPN, RPN, heads). MODEL.WEIGHTS, which is loaded
+    # afterwards, should name a backbone alone.
     cfg.KD.TEACHER.INHERIT = []
     # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []
@@ -86,9 +88,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # How many periodic checkpoints stay on disk, the newest ones; 0: all. A resume falls back to an
     # older one where the last cannot be read, so keep two at least.
     cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP = 0
-    # Averaged weights: an exponential moving average of the student's weights (its BatchNorm
-    # statistics are copied) is what is evaluated, kept as best checkpoint and exported.
     cfg.SOLVER.EMA = CN()
+    # Evaluate, keep as best checkpoint and export an exponential moving average of the student's
+    # weights (its BatchNorm statistics are copied).
     cfg.SOLVER.EMA.ENABLED = False
     # Share of the old average in the new one after a step, smaller over the first ones:
     # min(DECAY, (1 + t) / (10 + t)) after t steps.

@@ -84,10 +84,22 @@ def test_channel_order_mean_and_std_of_every_student_agree(name):
         assert mean == [103.53, 116.28, 123.675] and std == [1.0, 1.0, 1.0]
 
 
-def test_leaves_are_short():
-    for name in list_configs():
-        lines = (config_dir() / name).read_text().splitlines()
-        assert len(lines) <= 9, name
+def leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_no_key_of_a_leaf_repeats_the_value_of_its_base():
+    for path in config_dir().rglob("*.yaml"):
+        content = yaml.safe_load(path.read_text())
+        if "_BASE_" in content and path.parent.name != "_base_":
+            base = CfgNode.load_yaml_with_base(str(path.parent / content.pop("_BASE_")))
+            inherited = dict(leaves(base))
+            repeated = [key for key, value in leaves(content) if inherited.get(key) == value]
+            assert not repeated, path
 
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS))
@@ -175,6 +187,10 @@ def test_config_of_a_run_is_read_without_the_file_of_its_distiller(register, tmp
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert load_run_config(tmp_path).KD.SCALED.FACTOR == 1.0
     assert "OPTIONS" not in load_run_config(tmp_path).KD
+    # Such a run can teach as well.
+    teacher = ["KD.TEACHER.CONFIG_FILE", str(tmp_path / "config.yaml")]
+    cfg = get_config("ckd_rcnn_r101_r18.yaml", [*teacher, "KD.TEACHER.WEIGHTS", "none"])
+    assert teacher_config(cfg).KD.SCALED.FACTOR == 1.0
 
 
 def test_changed_option_of_a_users_distiller_makes_another_run(register, tmp_path):

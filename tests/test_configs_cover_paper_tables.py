@@ -92,12 +92,12 @@ def test_every_distilled_row_exists_for_all_three_pairs():
     students = {}
     for _, methods, detector, student in leaves():
         students.setdefault((methods, detector), set()).add(student)
-    assert len(students) == 12 + 5
+    assert len(students) == 12 + 5 + 4
     assert all(found == {"r18", "r50", "mv2"} for found in students.values()), students
 
 
-def test_leaf_configs_hold_only_what_differs():
+def test_leaf_configs_are_short_and_say_what_they_are():
     for name, *_ in leaves():
         lines = (config_dir() / name).read_text().splitlines()
         assert lines[0].startswith("# "), name
-        assert 6 <= len(lines) <= 9, name
+        assert len(lines) <= 9, name

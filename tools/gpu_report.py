@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=gpu_report.TABLE_CONFIGS,
         metavar="NAME",
-        help="distilled configs for the tables (CKD and CKD + ReviewKD of the three pairs)",
+        help="distilled configs for the tables (CKD, CKD + ReviewKD and the recipe, three pairs)",
     )
     parser.add_argument(
         "--methods", nargs="+", metavar="NAME", help="distillers for the checks (all registered)"

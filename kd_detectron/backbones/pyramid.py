@@ -1,10 +1,18 @@
-"""Puts Detectron2's own FPN on a network that Detectron2 does not have."""
+"""What the backbones of other libraries share: stages by stride, and Detectron2's own FPN on them.
 
-from collections.abc import Sequence
+A :class:`NetworkBackbone` names its outputs "res2".."res5" as Detectron2 names a ResNet's. Features
+are (N, C, H/stride, W/stride).
+"""
 
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import ClassVar
+
+import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import nn
 
 from kd_detectron.errors import ConfigError, did_you_mean
 
@@ -14,6 +22,50 @@ STAGE_STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
 """What ``MODEL.RESNETS.NORM`` may be for these networks, whose weights are trained with BatchNorm
 and whose channel numbers GroupNorm does not divide."""
+
+
+class NetworkBackbone(Backbone):
+    """Base of the backbones that hold a network of another library.
+
+    Class attributes:
+        name_key: config key that names the network.
+        examples: two convolutional networks of the library, for messages.
+    """
+
+    name_key: ClassVar[str]
+    examples: ClassVar[str]
+
+    def _set_outputs(self, channels: Mapping[str, int]) -> None:
+        """Says what ``forward`` returns: channels of each stage, fine to coarse."""
+        self._out_features = list(channels)
+        self._out_feature_strides = {stage: STAGE_STRIDES[stage] for stage in channels}
+        self._out_feature_channels = dict(channels)
+
+    def _check_stages(self, name: str, stages: Sequence[str], strides: Collection[int]) -> None:
+        """Refuses a network that has no map at the stride of a stage."""
+        missing = [stage for stage in stages if STAGE_STRIDES[stage] not in strides]
+        if missing:
+            raise ConfigError(
+                f"{self.name_key} '{name}' has feature maps of exactly 1/stride of the image at"
+                f" strides {sorted(strides)} but MODEL.FPN.IN_FEATURES asks for {missing} (strides"
+                f" {[STAGE_STRIDES[stage] for stage in missing]}): name another network, or leave"
+                " these out of IN_FEATURES"
+            )
+
+    @contextlib.contextmanager
+    def _trial(self, network: nn.Module, name: str) -> Iterator[None]:
+        """Runs a blank image through a network, for which one image size may be the only one."""
+        network.eval()  # one blank image must not move BatchNorm statistics
+        try:
+            with torch.no_grad():
+                yield
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"{self.name_key} '{name}' does not take images of any size ({reason}): name a"
+                f" convolutional network, such as {self.examples}"
+            ) from error
+        network.train()
 
 
 def check_norm(norm: str) -> None:
@@ -64,6 +116,20 @@ def pyramid_stages(cfg: CfgNode) -> list[str]:
                 f"{did_you_mean(stage, STAGE_STRIDES)}"
             )
     return stages
+
+
+def build_network_pyramid(
+    cfg: CfgNode, build: Callable[[list[str]], NetworkBackbone], *, retinanet: bool
+) -> FPN:
+    """Builds a network of another library, given the stages that the FPN reads, and its FPN.
+
+    Raises:
+        ConfigError: a value of the config cannot be used.
+    """
+    check_three_channels(cfg)
+    check_not_frozen(cfg)
+    stages = pyramid_stages(cfg)
+    return build_pyramid(cfg, build(stages), stages=stages, retinanet=retinanet)
 
 
 def build_pyramid(

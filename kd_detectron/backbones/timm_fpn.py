@@ -16,29 +16,31 @@ no common meaning for timm's networks and must be 0. Tests: ``tests/backbones/te
 
 import difflib
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone import FPN
 from torch import nn
 
 from kd_detectron.backbones.pyramid import (
     STAGE_STRIDES,
-    build_pyramid,
+    NetworkBackbone,
+    build_network_pyramid,
     check_norm,
-    check_not_frozen,
-    check_three_channels,
-    pyramid_stages,
 )
 from kd_detectron.errors import ConfigError
 from kd_detectron.preflight.pixel_statistics import warn_of_pretrained_statistics
 
 
-class TimmBackbone(Backbone):
+class TimmBackbone(NetworkBackbone):
     """A timm network as a Detectron2 backbone."""
+
+    name_key = "MODEL.TIMM.NAME"
+    examples = "'mobilenetv3_large_100' or 'convnext_tiny'"
 
     def __init__(
         self,
@@ -66,14 +68,7 @@ class TimmBackbone(Backbone):
         # Which feature maps there are is known only from the network itself.
         maps = _create(timm, name).feature_info
         index_at = dict(zip(maps.reduction(), maps.out_indices, strict=True))
-        missing = [stage for stage in out_features if STAGE_STRIDES[stage] not in index_at]
-        if missing:
-            raise ConfigError(
-                f"MODEL.TIMM.NAME '{name}' has feature maps at strides {sorted(index_at)} but"
-                f" MODEL.FPN.IN_FEATURES asks for {missing} (strides"
-                f" {[STAGE_STRIDES[stage] for stage in missing]}): name another network, or leave"
-                " these out of IN_FEATURES"
-            )
+        self._check_stages(name, out_features, index_at)
         indices = tuple(index_at[STAGE_STRIDES[stage]] for stage in out_features)
         self.net = _create(timm, name, pretrained=pretrained, out_indices=indices)
         if norm == "FrozenBN":
@@ -81,9 +76,7 @@ class TimmBackbone(Backbone):
         elif norm == "SyncBN":
             self.net = timm.layers.convert_sync_batchnorm(self.net)
         channels = self.net.feature_info.channels()
-        self._out_features = list(out_features)
-        self._out_feature_strides = {stage: STAGE_STRIDES[stage] for stage in out_features}
-        self._out_feature_channels = dict(zip(out_features, channels, strict=True))
+        self._set_outputs(dict(zip(out_features, channels, strict=True)))
         self._check_output(name)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -93,18 +86,9 @@ class TimmBackbone(Backbone):
     def _check_output(self, name: str) -> None:
         """Refuses networks for one image size, or with other maps than timm's table says."""
         height, width = 64, 96
-        self.net.eval()  # one blank image must not move BatchNorm statistics
-        try:
-            with torch.no_grad():
-                outputs = self(torch.zeros(1, 3, height, width))
-            found = [tuple(output.shape[1:]) for output in outputs.values()]
-        except (AssertionError, RuntimeError, ValueError) as error:
-            reason = str(error).split("\n")[0]
-            raise ConfigError(
-                f"MODEL.TIMM.NAME '{name}' does not take images of any size ({reason}): name a"
-                " convolutional network, such as 'mobilenetv3_large_100' or 'convnext_tiny'"
-            ) from error
-        self.net.train()
+        with self._trial(self.net, name):
+            outputs = self(torch.zeros(1, 3, height, width))
+        found = [tuple(output.shape[1:]) for output in outputs.values()]
         expected = [
             (shape.channels, height // shape.stride, width // shape.stride)
             for shape in self.output_shape().values()
@@ -147,7 +131,7 @@ def _create(timm: ModuleType, name: str, *, pretrained: bool = False, **options)
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         if pretrained:
             raise ConfigError(
-                f"MODEL.TIMM.PRETRAINED is True but timm's weights for '{name}' could not be had"
+                f"MODEL.TIMM.PRETRAINED is True but timm's weights for '{name}' could not be loaded"
                 f" ({reason}): set it to False, or MODEL.WEIGHTS to a checkpoint of this student"
             ) from error
         raise ConfigError(
@@ -155,10 +139,7 @@ def _create(timm: ModuleType, name: str, *, pretrained: bool = False, **options)
         ) from error
 
 
-def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
-    check_three_channels(cfg)
-    check_not_frozen(cfg)
-    stages = pyramid_stages(cfg)
+def _network(cfg: CfgNode, stages: Sequence[str]) -> TimmBackbone:
     bottom_up = TimmBackbone(
         cfg.MODEL.TIMM.NAME,
         pretrained=cfg.MODEL.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS,
@@ -174,7 +155,7 @@ def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
             mean=cfg.MODEL.PIXEL_MEAN,
             std=cfg.MODEL.PIXEL_STD,
         )
-    return build_pyramid(cfg, bottom_up, stages=stages, retinanet=retinanet)
+    return bottom_up
 
 
 @BACKBONE_REGISTRY.register()
@@ -184,10 +165,10 @@ def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ConfigError: a value of these nodes cannot be used, or timm is not installed.
     """
-    return _build(cfg, retinanet=False)
+    return build_network_pyramid(cfg, partial(_network, cfg), retinanet=False)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return _build(cfg, retinanet=True)
+    return build_network_pyramid(cfg, partial(_network, cfg), retinanet=True)

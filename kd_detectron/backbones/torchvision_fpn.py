@@ -16,23 +16,22 @@ Images (N, 3, H, W), features (N, C, H/stride, W/stride). The layers keep torchv
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.modeling.backbone import FPN
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from kd_detectron.backbones.pyramid import (
     STAGE_STRIDES,
-    build_pyramid,
+    NetworkBackbone,
+    build_network_pyramid,
     check_norm,
-    check_not_frozen,
-    check_three_channels,
-    pyramid_stages,
 )
 from kd_detectron.errors import ConfigError, did_you_mean
 
@@ -41,7 +40,7 @@ from kd_detectron.errors import ConfigError, did_you_mean
 _IMAGE_SIZE = (128, 192)
 
 
-class TorchvisionBackbone(Backbone):
+class TorchvisionBackbone(NetworkBackbone):
     """A torchvision network as a Detectron2 backbone.
 
     Attributes:
@@ -49,6 +48,9 @@ class TorchvisionBackbone(Backbone):
         net: its layers up to the last map, under torchvision's names.
         tensor_names: names in the state dict of the whole network, classifier included.
     """
+
+    name_key = "MODEL.TORCHVISION.NAME"
+    examples = "'mobilenet_v3_large' or 'convnext_tiny'"
 
     def __init__(
         self,
@@ -74,15 +76,9 @@ class TorchvisionBackbone(Backbone):
             warnings.simplefilter("ignore")  # GoogLeNet's and Inception's on their initialisation
             network = _create(name)
             self.tensor_names = frozenset(network.state_dict())
-            found = _last_blocks(network, name)
-            missing = [stage for stage in out_features if STAGE_STRIDES[stage] not in found]
-            if missing:
-                raise ConfigError(
-                    f"MODEL.TORCHVISION.NAME '{name}' has feature maps of exactly 1/stride of the"
-                    f" image at strides {sorted(found)} but MODEL.FPN.IN_FEATURES asks for"
-                    f" {missing} (strides {[STAGE_STRIDES[stage] for stage in missing]}): name"
-                    " another network, or leave these out of IN_FEATURES"
-                )
+            with self._trial(network, name):
+                found = _last_blocks(network)
+            self._check_stages(name, out_features, found)
             blocks = {found[STAGE_STRIDES[stage]][0]: stage for stage in out_features}
             self.net = create_feature_extractor(
                 network, return_nodes=blocks, suppress_diff_warning=True
@@ -91,11 +87,7 @@ class TorchvisionBackbone(Backbone):
             self.net = FrozenBatchNorm2d.convert_frozen_batchnorm(self.net)
         elif norm == "SyncBN":
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-        self._out_features = list(out_features)
-        self._out_feature_strides = {stage: STAGE_STRIDES[stage] for stage in out_features}
-        self._out_feature_channels = {
-            stage: found[STAGE_STRIDES[stage]][1] for stage in out_features
-        }
+        self._set_outputs({stage: found[STAGE_STRIDES[stage]][1] for stage in out_features})
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps images (N, 3, H, W) to the features of each stage, by its name."""
@@ -126,7 +118,7 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
             yield f"{path}{name}", child
 
 
-def _last_blocks(network: nn.Module, name: str) -> dict[int, tuple[str, int]]:
+def _last_blocks(network: nn.Module) -> dict[int, tuple[str, int]]:
     """Runs a network on a blank image; the last block at each stride with its channels."""
     found: dict[int, tuple[str, int]] = {}
     height, width = _IMAGE_SIZE
@@ -141,31 +133,17 @@ def _last_blocks(network: nn.Module, name: str) -> dict[int, tuple[str, int]]:
         block.register_forward_hook(lambda module, args, output, path=path: note(path, output))
         for path, block in _blocks(network)
     ]
-    network.eval()  # one blank image must not move BatchNorm statistics
     try:
-        with torch.no_grad():
-            network(torch.zeros(1, 3, height, width))
-    except (AssertionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ConfigError(
-            f"MODEL.TORCHVISION.NAME '{name}' does not take images of any size ({reason}): name a"
-            " convolutional network, such as 'mobilenet_v3_large' or 'convnext_tiny'"
-        ) from error
+        network(torch.zeros(1, 3, height, width))
     finally:
         for handle in handles:
             handle.remove()
-    network.train()
     return found
 
 
-def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
-    check_three_channels(cfg)
-    check_not_frozen(cfg)
-    stages = pyramid_stages(cfg)
-    bottom_up = TorchvisionBackbone(
-        cfg.MODEL.TORCHVISION.NAME, norm=cfg.MODEL.RESNETS.NORM, out_features=stages
-    )
-    return build_pyramid(cfg, bottom_up, stages=stages, retinanet=retinanet)
+def _network(cfg: CfgNode, stages: Sequence[str]) -> TorchvisionBackbone:
+    name, norm = cfg.MODEL.TORCHVISION.NAME, cfg.MODEL.RESNETS.NORM
+    return TorchvisionBackbone(name, norm=norm, out_features=stages)
 
 
 @BACKBONE_REGISTRY.register()
@@ -175,10 +153,10 @@ def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ConfigError: a value of these nodes cannot be used.
     """
-    return _build(cfg, retinanet=False)
+    return build_network_pyramid(cfg, partial(_network, cfg), retinanet=False)
 
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return _build(cfg, retinanet=True)
+    return build_network_pyramid(cfg, partial(_network, cfg), retinanet=True)

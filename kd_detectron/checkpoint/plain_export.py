@@ -26,7 +26,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
 from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
 from kd_detectron.checkpoint.files import atomic_open
-from kd_detectron.config import get_config
+from kd_detectron.config import find_config, load_run_config
 from kd_detectron.errors import ConfigError, did_you_mean
 
 _logger = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def student_config(cfg: CfgNode | str) -> CfgNode:
         cfg: the run's config, its path or its bare name.
     """
     if isinstance(cfg, str):
-        cfg = get_config(cfg)
+        cfg = load_run_config(find_config(cfg))
     plain = get_cfg()
     node = BACKBONE_NODES.get(cfg.MODEL.BACKBONE.NAME)
     if node is not None:

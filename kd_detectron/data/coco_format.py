@@ -14,6 +14,7 @@ import functools
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
@@ -93,22 +94,18 @@ def _register(name: str, json_file: str, image_dir: str) -> None:
 
 
 def _load_without_bad_boxes(name: str, load: Callable[[], list[dict]]) -> list[dict]:
-    dataset_dicts = load()
-    dropped = {"empty": 0, "outside": 0}
+    dataset_dicts, faults = load(), Counter()
     for record in dataset_dicts:
         kept = []
         for annotation in record["annotations"]:
             fault = box_fault(annotation["bbox"], record["width"], record["height"])
+            faults[fault] += 1
             if fault is None:
                 kept.append(annotation)
-            else:
-                dropped[fault] += 1
         record["annotations"] = kept
-    if any(dropped.values()):
+    if faults["empty"] or faults["outside"]:
         logger.warning(
             "Dataset '%s': dropped %d boxes without area and %d boxes outside their image",
-            name,
-            dropped["empty"],
-            dropped["outside"],
+            *(name, faults["empty"], faults["outside"]),
         )
     return dataset_dicts

@@ -70,9 +70,10 @@ def make_synthetic(
         )
     splits = {"train": num_train, "val": num_val}
     arguments = {**splits, "image_size": list(image_size), "seed": seed, "version": 2}
-    if _is_finished(out_dir, arguments):
+    marker = out_dir / _MARKER
+    if marker.is_file() and marker.read_text(encoding="utf-8") == json.dumps(arguments) + "\n":
         return out_dir
-    if out_dir.exists() and any(out_dir.iterdir()) and not (out_dir / _MARKER).is_file():
+    if out_dir.exists() and any(out_dir.iterdir()) and not marker.is_file():
         raise ConfigError(
             f"'{out_dir}' exists and is not a synthetic dataset made earlier; choose another folder"
             " or remove it"
@@ -136,20 +137,6 @@ def render(
 # ---- writing ----
 
 
-def _is_finished(out_dir: Path, arguments: dict) -> bool:
-    try:
-        if json.loads((out_dir / _MARKER).read_text(encoding="utf-8")) != arguments:
-            return False
-        for split in ("train", "val"):
-            content = json.loads((out_dir / f"{split}.json").read_text(encoding="utf-8"))
-            present = set(os.listdir(out_dir / split))
-            if not {image["file_name"] for image in content["images"]} <= present:
-                return False
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return True
-
-
 def _write_split(
     out_dir: Path,
     split: str,
@@ -165,14 +152,8 @@ def _write_split(
         file_name = f"{number:06d}.jpg"
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
         (out_dir / split / file_name).write_bytes(encoded.tobytes())
-        images.append(
-            {
-                "id": number + 1,
-                "file_name": file_name,
-                "height": image_size[0],
-                "width": image_size[1],
-            }
-        )
+        size = {"height": image_size[0], "width": image_size[1]}
+        images.append({"id": number + 1, "file_name": file_name, **size})
         for annotation in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **annotation})
     content = {
@@ -188,19 +169,16 @@ def _write_split(
 
 def _annotation(visible: np.ndarray, category: int) -> dict:
     polygons = _polygons(visible)
-    points = np.concatenate(polygons).astype(float)
-    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+    points = np.concatenate(polygons)
+    corner, extent = points.min(axis=0), np.ptp(points, axis=0)
+    # All are multiples of a quarter of a pixel; a little noise of floats is rounded away.
     return {
         "category_id": category + 1,
-        "bbox": [_rounded(value) for value in (x0, y0, x1 - x0, y1 - y0)],
-        "area": _rounded(sum(cv2.contourArea(polygon.astype(np.float32)) for polygon in polygons)),
-        "segmentation": [[_rounded(value) for value in polygon.ravel()] for polygon in polygons],
+        "bbox": np.concatenate([corner, extent]).round(2).tolist(),
+        "area": round(sum(cv2.contourArea(polygon.astype(np.float32)) for polygon in polygons), 2),
+        "segmentation": [polygon.ravel().round(2).tolist() for polygon in polygons],
         "iscrowd": 0,
     }
-
-
-def _rounded(value: float) -> float:
-    return round(float(value), 2)
 
 
 def _polygons(visible: np.ndarray) -> list[np.ndarray]:
@@ -261,10 +239,6 @@ def _rectangle(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]])
 
 
-def _disc(rng):
-    return _regular(64), []
-
-
 def _target(rng):
     outer = rng.uniform(0.6, 0.75)
     # One polygon: round the outside, back round the inside, each closed.
@@ -272,18 +246,10 @@ def _target(rng):
     return _regular(64), [np.concatenate([outer * closed, (outer - 0.3) * closed[::-1]])]
 
 
-def _square(rng):
-    return _rectangle(-0.8, -0.8, 0.8, 0.8), []
-
-
 def _window(rng):
     half = rng.uniform(0.1, 0.16)
     bars = [_rectangle(-0.8, -half, 0.8, half), _rectangle(-half, -0.8, half, 0.8)]
     return _rectangle(-0.8, -0.8, 0.8, 0.8), bars
-
-
-def _triangle(rng):
-    return _regular(3), []
 
 
 def _kite(rng):
@@ -307,11 +273,11 @@ def _cross(rng):
 
 
 _SHAPES: dict[str, Callable] = {
-    "disc": _disc,
+    "disc": lambda rng: (_regular(64), []),
     "target": _target,
-    "square": _square,
+    "square": lambda rng: (_rectangle(-0.8, -0.8, 0.8, 0.8), []),
     "window": _window,
-    "triangle": _triangle,
+    "triangle": lambda rng: (_regular(3), []),
     "kite": _kite,
     "star": _star,
     "cross": _cross,

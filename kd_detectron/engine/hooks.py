@@ -331,6 +331,7 @@ class StopOnSignal(HookBase):
                 raise Interrupted(self._received, self._last_iteration())
             yield
         except Interrupted:
+            self._evaluating = False
             if self.trainer.iter < self.trainer.max_iter:  # else model_final.pth is written
                 self._save()
             self.after_train()

@@ -4,19 +4,19 @@ The file defines what Detectron2's own LazyConfigs define: ``model``, ``dataload
 ``lr_multiplier``, ``train``. Its model is a distilled meta-architecture with ``teacher`` and
 ``distillers`` as explicit arguments (``configs/lazy/ckd_reviewkd_rcnn_r101_r18.py``); a plain
 detector trains as well. Optional are ``distillation_schedule``, with the keys of ``KD.SCHEDULE``,
-``train.seed`` and ``train.max_corrupt_images`` (``SEED`` and ``DATALOADER.MAX_CORRUPT_IMAGES``).
+``train.seed``, ``train.max_corrupt_images`` and ``train.ema_decay`` (``SEED``,
+``DATALOADER.MAX_CORRUPT_IMAGES``, ``SOLVER.EMA.DECAY``).
 
 Checks, train loop, hooks and loader are those of ``tools/train_net.py``. The checks are written
-for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and what they say is
-said in the LazyConfig's keys (:func:`in_lazy_words`). A ``dataloader.train`` that is no call of
-Detectron2's ``build_detection_train_loader`` is used as it is; its batches are drawn anew over a
-resume. Test: ``tests/engine/test_lazy.py``.
+for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and the LazyConfig's
+names of the keys are added to what they say (:func:`to_lazy_keys`). A ``dataloader.train`` that
+is no call of Detectron2's ``build_detection_train_loader`` is used as it is; its batches are drawn
+anew over a resume. Test: ``tests/engine/test_lazy.py``.
 """
 
 import contextlib
 import logging
 import os
-import re
 from collections.abc import Iterator
 
 import torch
@@ -33,6 +33,7 @@ from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.commands import parse_arguments
 from kd_detectron.config import add_kd_config, find_config
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
+from kd_detectron.distillers import option_defaults
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
 from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
@@ -50,9 +51,11 @@ from .hooks import (
     TeacherGuard,
     WriteResult,
 )
-from .main import keep_run_config, start
+from .launch import start
+from .main import keep_run_config
 from .train_loop import DistillationTrainLoop
 from .trainer import forget_metrics_from, run_facts, unwrap
+from .weight_average import WeightAverage
 
 logger = logging.getLogger("kd_detectron")
 
@@ -60,18 +63,8 @@ logger = logging.getLogger("kd_detectron")
 DDP_OPTIONS = {"broadcast_buffers": False}
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
-# What errors and warnings say of a YAML config, and how it is said of a LazyConfig. A teacher's own
-# config has its own keys.
-_LAZY_WORDS = {
-    "INPUT.FORMAT of KD.TEACHER.CONFIG_FILE": "INPUT.FORMAT of model.teacher.config_file",
-    "its MODEL.PIXEL_MEAN": "its MODEL.PIXEL_MEAN",
-    "its MODEL.PIXEL_STD": "its MODEL.PIXEL_STD",
-    "MODEL.MASK_ON is True": "model.roi_heads has a mask_head",
-    "set MODEL.MASK_ON to False": "take mask_head and mask_in_features out of model.roi_heads",
-    "MODEL.KEYPOINT_ON is True": "model.roi_heads has a keypoint_head",
-    "set MODEL.KEYPOINT_ON to False": (
-        "take keypoint_head and keypoint_in_features out of model.roi_heads"
-    ),
+# YAML keys that checks name, and where a LazyConfig has the same.
+LAZY_KEYS = {
     "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
     "DATALOADER.MAX_CORRUPT_IMAGES": "train.max_corrupt_images",
     "DATASETS.TEST": "dataloader.test.dataset.names",
@@ -83,6 +76,8 @@ _LAZY_WORDS = {
     "KD.TEACHER.CONFIG_FILE": "model.teacher.config_file",
     "KD.TEACHER.OPTS": "model.teacher.opts",
     "KD.TEACHER.WEIGHTS": "model.teacher.weights",
+    "MODEL.KEYPOINT_ON": "model.roi_heads.keypoint_head",
+    "MODEL.MASK_ON": "model.roi_heads.mask_head",
     "MODEL.PIXEL_MEAN": "model.pixel_mean",
     "MODEL.PIXEL_STD": "model.pixel_std",
     "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
@@ -91,11 +86,10 @@ _LAZY_WORDS = {
     "MODEL.WEIGHTS": "train.init_checkpoint",
     "OUTPUT_DIR": "train.output_dir",
     "SOLVER.BASE_LR": "optimizer.lr",
+    "SOLVER.EMA.DECAY": "train.ema_decay",
     "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
     "TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas",
 }
-# The longest first: phrases before the keys in them.
-_YAML_WORDS = re.compile("|".join(map(re.escape, sorted(_LAZY_WORDS, key=len, reverse=True))))
 
 
 class LazyTrainLoop(DistillationTrainLoop):
@@ -128,18 +122,18 @@ def run(args) -> None:
         print("train.device is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
     if args.eval_only:
         plain(cfg.model)
-    with errors_in_lazy_words():
-        seen = as_yaml(cfg)
-        check_output_dir(seen, resume=args.resume, training=not args.eval_only)
+    with errors_with_lazy_keys():
+        yaml_view = as_yaml(cfg)
+        check_output_dir(yaml_view, resume=args.resume, training=not args.eval_only)
         setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_detectron")
         if args.resume and not args.eval_only and comm.is_main_process():
             check_same_lazy_run(cfg)
-        with keep_run_config(seen) if args.eval_only else contextlib.nullcontext():
+        with keep_run_config(yaml_view) if args.eval_only else contextlib.nullcontext():
             default_setup(cfg, args)
         model = build(cfg)
-        describe_model(seen, model)
-        if seen.DATASETS.TEST if args.eval_only else seen.DATASETS.TRAIN:
-            check_data(seen, train=not args.eval_only)
+        describe_model(yaml_view, model)
+        if yaml_view.DATASETS.TEST if args.eval_only else yaml_view.DATASETS.TRAIN:
+            check_data(yaml_view, train=not args.eval_only)
         else:
             logger.warning("no dataset is named in dataloader: its files are not checked")
         if args.eval_only:
@@ -148,7 +142,7 @@ def run(args) -> None:
             ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
             evaluate(cfg, model)
         else:
-            train(cfg, model, seen, resume=args.resume)
+            train(cfg, model, resume=args.resume)
 
 
 def read_config(name: str, opts: list[str]) -> DictConfig:
@@ -159,12 +153,18 @@ def read_config(name: str, opts: list[str]) -> DictConfig:
             it.
     """
     path = find_config(name)
+    if not path.endswith(".py"):
+        # As YAML it could run code by its tags.
+        raise ConfigError(
+            f"--config-file '{path}' is no LazyConfig, which is a .py file; YAML configs are for "
+            "tools/train_net.py"
+        )
     cfg = run_lazy_file(path, key="--config-file")
     missing = [part for part in PARTS if part not in cfg]
     if missing:
         raise ConfigError(
             f"--config-file '{path}' defines no '{missing[0]}'; a LazyConfig defines "
-            f"{', '.join(PARTS)} (YAML configs are for tools/train_net.py)"
+            f"{', '.join(PARTS)}"
         )
     for opt in opts:
         key, equals, _ = opt.lstrip("+").partition("=")  # hydra's sign of a new key
@@ -188,12 +188,21 @@ def build(cfg: DictConfig) -> nn.Module:
     """Instantiates ``cfg.model`` on ``train.device``.
 
     Raises:
-        ConfigError: a distiller does not fit student and teacher, or the images are read in
-            another channel order than the model takes.
+        ConfigError: it cannot be built, a distiller does not fit student and teacher, or the images
+            are read in another channel order than the model takes.
     """
-    model = instantiate(cfg.model).to(torch.device(cfg.train.device))
+    try:
+        model = instantiate(cfg.model).to(torch.device(cfg.train.device))
+    except ConfigError:
+        raise
+    except Exception as error:  # Any Python error of any constructor.
+        raise ConfigError(
+            f"'model' of --config-file cannot be built ({type(error).__name__}: {error}); check "
+            "the arguments that the file gives"
+        ) from error
     for name, distiller in getattr(model, "distillers", {}).items():
         check_fits(name, distiller.requires, model, model_spec(model), model.teacher)
+    check_layers(cfg.model, model)
     order = getattr(model, "input_format", None)
     for part in ("train", "test"):
         read = OmegaConf.select(cfg, f"dataloader.{part}.mapper.image_format")
@@ -205,27 +214,76 @@ def build(cfg: DictConfig) -> nn.Module:
     return model
 
 
+def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
+    """Refuses distillers whose layers are of other sizes than student and teacher need.
+
+    A YAML config's distillers are sized by ``Distiller.from_specs``, a LazyConfig's by its author:
+    they are compared with those that ``from_specs`` makes.
+
+    Raises:
+        ConfigError: naming the distiller and the first tensor that differs.
+    """
+    distillers = getattr(model, "distillers", {})
+    entries = model_cfg.get("distillers", ())
+    entries = entries.values() if OmegaConf.is_dict(entries) else entries
+    for (name, distiller), entry in zip(distillers.items(), entries, strict=True):
+        options = {key: entry[key] for key in option_defaults(type(distiller)) if key in entry}
+        student, teacher = model_spec(model), model.teacher.spec
+        with torch.device("meta"):
+            needed = type(distiller).from_specs(student, teacher, **options).state_dict()
+        own = distiller.state_dict()
+        for key in sorted(own.keys() | needed.keys()):
+            shapes = [tuple(x[key].shape) if key in x else "absent" for x in (own, needed)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"model.distillers: '{key}' of {name} is {shapes[0]} where the models need "
+                    f"{shapes[1]}; the student's levels have {list(student.channels.values())} "
+                    f"channels and its box head {student.box_channels}, the teacher's "
+                    f"{list(teacher.channels.values())} and {teacher.box_channels}: set the "
+                    f"arguments of {name} to these"
+                )
+
+
+def schedule_of(cfg: DictConfig) -> CfgNode:
+    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``.
+
+    Raises:
+        ConfigError: it has another key.
+    """
+    yaml_cfg = get_cfg()
+    add_kd_config(yaml_cfg)
+    schedule = yaml_cfg.KD.SCHEDULE
+    for key, value in cfg.get("distillation_schedule", {}).items():
+        if key not in schedule:
+            raise ConfigError(
+                f"distillation_schedule has the key {key}{did_you_mean(key, schedule)}"
+            )
+        schedule[key] = value
+    return schedule
+
+
 def as_yaml(cfg: DictConfig) -> CfgNode:
     """A YAML config that says of folder, data, keypoints and teacher what a LazyConfig says.
 
     Only for checks: :func:`describe_model` adds what they ask of the model.
     """
-    seen = get_cfg()
-    add_kd_config(seen)
-    seen.OUTPUT_DIR = cfg.train.output_dir
-    seen.DATASETS.TRAIN = _dataset_names(cfg, "train")
-    seen.DATASETS.TEST = _dataset_names(cfg, "test")
+    yaml_view = get_cfg()
+    add_kd_config(yaml_view)
+    yaml_view.OUTPUT_DIR = cfg.train.output_dir
+    yaml_view.DATASETS.TRAIN = _dataset_names(cfg, "train")
+    yaml_view.DATASETS.TEST = _dataset_names(cfg, "test")
+    yaml_view.DATALOADER.MAX_CORRUPT_IMAGES = cfg.train.get("max_corrupt_images", 0)
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
-    seen.INPUT.MASK_FORMAT = mapper.get("instance_mask_format", "polygon")
+    yaml_view.INPUT.MASK_FORMAT = mapper.get("instance_mask_format", "polygon")
     keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
-    seen.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = keypoints or 17
+    yaml_view.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = keypoints or 17
     sigmas = OmegaConf.select(cfg, "dataloader.evaluator.kpt_oks_sigmas")
-    seen.TEST.KEYPOINT_OKS_SIGMAS = list(sigmas or ())
+    yaml_view.TEST.KEYPOINT_OKS_SIGMAS = list(sigmas or ())
     teacher = cfg.model.get("teacher") or {}
-    seen.KD.TEACHER.CONFIG_FILE = teacher.get("config_file", "")
-    seen.KD.TEACHER.WEIGHTS = teacher.get("weights", "")
-    seen.KD.TEACHER.OPTS = list(teacher.get("opts", ()))
-    return seen
+    yaml_view.KD.TEACHER.CONFIG_FILE = teacher.get("config_file", "")
+    yaml_view.KD.TEACHER.WEIGHTS = teacher.get("weights", "")
+    yaml_view.KD.TEACHER.OPTS = list(teacher.get("opts", ()))
+    return yaml_view
 
 
 def _dataset_names(cfg: DictConfig, part: str) -> tuple[str, ...]:
@@ -233,46 +291,46 @@ def _dataset_names(cfg: DictConfig, part: str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def describe_model(seen: CfgNode, model: nn.Module) -> None:
+def describe_model(yaml_view: CfgNode, model: nn.Module) -> None:
     """Adds to :func:`as_yaml` what a built model is, in place."""
     heads = getattr(model, "roi_heads", None)
-    seen.MODEL.META_ARCHITECTURE = type(model).__name__
-    seen.MODEL.MASK_ON = getattr(heads, "mask_head", None) is not None
-    seen.MODEL.KEYPOINT_ON = getattr(heads, "keypoint_head", None) is not None
+    yaml_view.MODEL.META_ARCHITECTURE = type(model).__name__
+    yaml_view.MODEL.MASK_ON = getattr(heads, "mask_head", None) is not None
+    yaml_view.MODEL.KEYPOINT_ON = getattr(heads, "keypoint_head", None) is not None
     num_classes = getattr(heads or model, "num_classes", UNKNOWN_CLASSES)
-    seen.MODEL.ROI_HEADS.NUM_CLASSES = seen.MODEL.RETINANET.NUM_CLASSES = num_classes
+    yaml_view.MODEL.ROI_HEADS.NUM_CLASSES = yaml_view.MODEL.RETINANET.NUM_CLASSES = num_classes
     # Without its config's name a teacher's classes are not known.
-    if seen.KD.TEACHER.CONFIG_FILE:
-        seen.KD.DISTILLERS = list(getattr(model, "distillers", {}))
+    if yaml_view.KD.TEACHER.CONFIG_FILE:
+        yaml_view.KD.DISTILLERS = list(getattr(model, "distillers", {}))
 
 
-def in_lazy_words(text: str) -> str:
-    """What is said of a YAML config's keys, said of a LazyConfig's."""
-    return _YAML_WORDS.sub(lambda match: _LAZY_WORDS[match[0]], text)
+def to_lazy_keys(text: str) -> str:
+    """Adds to a message about YAML keys what they are called in a LazyConfig."""
+    names = [f"{key} is {lazy}" for key, lazy in LAZY_KEYS.items() if key in text]
+    return f"{text} (in a LazyConfig {', '.join(names)})" if names else text
 
 
 @contextlib.contextmanager
-def errors_in_lazy_words() -> Iterator[None]:
-    """Errors for the user are raised again in a LazyConfig's keys."""
+def errors_with_lazy_keys() -> Iterator[None]:
+    """Errors for the user are raised again with the names of a LazyConfig's keys."""
     try:
         yield
     except (ConfigError, CorruptImageError, NonFiniteLossError) as error:
-        raise type(error)(in_lazy_words(str(error))) from error
+        raise type(error)(to_lazy_keys(str(error))) from error
 
 
-def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> None:
+def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
     """Trains a model, evaluates it every ``train.eval_period`` and writes the student alone.
 
     Args:
         cfg: the LazyConfig.
         model: built from it.
-        seen: the LazyConfig as :func:`as_yaml` and :func:`describe_model` show it.
         resume: go on with the run in ``train.output_dir``, batches and random state included.
     """
     output_dir = cfg.train.output_dir
     if cfg.train.amp.enabled and cfg.train.device == "cpu":
         raise ConfigError("train.amp.enabled is True but train.device is 'cpu'; set it to False")
-    warn_of_pixel_statistics(model, in_lazy_words)
+    warn_of_pixel_statistics(model, to_lazy_keys)
     seed = cfg.train.get("seed", -1)
     seed = seed if seed >= 0 else comm.shared_random_seed()
     loader = build_lazy_train_loader(
@@ -290,12 +348,15 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
         model, output_dir, weights_key="train.init_checkpoint", trainer=trainer
     )
     step_seed = StepSeed(seed)
+    stop = StopOnSignal(checkpointer)
     own = []
+    if "ema_decay" in cfg.train:
+        own.append(WeightAverage(model, cfg.train.ema_decay))
+        checkpointer.saved_weights = own[0].applied
     if getattr(model, "teacher", None) is not None:
         own.append(TeacherGuard(model.teacher))
         if "distillation_schedule" in cfg:
-            schedule = cfg.distillation_schedule
-            own.append(DistillationSchedule(model, schedule, cfg.train.max_iter))
+            own.append(DistillationSchedule(model, schedule_of(cfg), cfg.train.max_iter))
     main_only = [
         hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
         hooks.PeriodicWriter(
@@ -305,7 +366,8 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
     main_only = main_only if comm.is_main_process() else []
 
     def evaluate_now() -> dict:
-        trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
+        with checkpointer.saved_weights(), stop.at_once():
+            trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
         return trainer._last_eval_results
 
     trainer.register_hooks(
@@ -320,7 +382,7 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
             WriteResult(output_dir, run_facts(model, seed)),
             # The writer comes last, to write also what the evaluation found.
             *main_only[1:],
-            StopOnSignal(checkpointer),
+            stop,
         ]
     )
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
@@ -337,9 +399,9 @@ def train(cfg: DictConfig, model: nn.Module, seen: CfgNode, *, resume: bool) -> 
     trainer.train(first, cfg.train.max_iter)
     if comm.is_main_process():
         path = os.path.join(output_dir, "student_final.pth")
-        state = unwrap(model).state_dict()
-        student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
-        with atomic_open(path, "wb") as file:
+        with checkpointer.saved_weights(), atomic_open(path, "wb") as file:
+            state = unwrap(model).state_dict()
+            student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
             torch.save({"model": student}, file)
         logger.info("The student alone, for plain Detectron2: %s", path)
 

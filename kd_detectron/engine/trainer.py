@@ -7,7 +7,6 @@ accumulation and bfloat16. The training step itself is ``DistilledRCNN.forward``
 ``train_loop.py``.
 """
 
-import contextlib
 import glob
 import logging
 import os
@@ -48,13 +47,13 @@ from .hooks import (
     WriteResult,
 )
 from .pictures import TrainingPictures
-from .train_loop import CountsIterationsOnce, DistillationTrainLoop
+from .train_loop import ContinuedTraining, DistillationTrainLoop
 from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(CountsIterationsOnce, DefaultTrainer):
+class DistillationTrainer(ContinuedTraining, DefaultTrainer):
     """Trains the model of a config, with or without distillation, and evaluates it by COCO AP.
 
     Attributes:
@@ -126,8 +125,8 @@ class DistillationTrainer(CountsIterationsOnce, DefaultTrainer):
         if self.start_iter > self.max_iter:
             raise ConfigError(
                 f"SOLVER.MAX_ITER is {self.max_iter} but the run in OUTPUT_DIR "
-                f"'{self.cfg.OUTPUT_DIR}' has done {self.start_iter} iterations; raise SOLVER."
-                "MAX_ITER to go on with it, or give another OUTPUT_DIR"
+                f"'{self.cfg.OUTPUT_DIR}' has done {self.start_iter} iterations; raise it to go on "
+                "with this run, or give another OUTPUT_DIR"
             )
         self._step_seed.seed = self.seed
         self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
@@ -156,19 +155,18 @@ class DistillationTrainer(CountsIterationsOnce, DefaultTrainer):
         writer = [ret.pop()] if comm.is_main_process() else []
         ret.pop()
         ret.insert(0, self._step_seed)
-        averaged_weights = contextlib.nullcontext
         if cfg.SOLVER.EMA.ENABLED:
             average = build_weight_average(cfg, model)
-            averaged_weights = self.checkpointer.saved_weights = average.applied
+            self.checkpointer.saved_weights = average.applied
             ret.insert(1, average)
 
         def evaluate() -> dict:
-            with stop.at_once(), averaged_weights():
+            with self.checkpointer.saved_weights(), stop.at_once():
                 self._last_eval_results = self.test(cfg, self.model)
             return self._last_eval_results
 
         def evaluate_with_augmentation() -> dict:
-            with stop.at_once(), averaged_weights():
+            with self.checkpointer.saved_weights(), stop.at_once():
                 results = self.test_with_augmentation(cfg, self.model)
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
@@ -194,13 +192,6 @@ class DistillationTrainer(CountsIterationsOnce, DefaultTrainer):
         return super().state_dict() | {"seed": self.seed, "iteration": iteration}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        averages = WeightAverage.__qualname__ in state_dict.get("hooks", {})
-        if averages and not self.cfg.SOLVER.EMA.ENABLED:
-            raise ConfigError(
-                f"SOLVER.EMA.ENABLED is False but the run in OUTPUT_DIR '{self.cfg.OUTPUT_DIR}' "
-                "averages its weights; set it to True to go on with it, or start anew with "
-                "MODEL.WEIGHTS set to its checkpoint"
-            )
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
 
@@ -309,18 +300,26 @@ def loses_levels(cfg: CfgNode, model) -> bool:
     return not read.issuperset(model.backbone.output_shape())
 
 
+def student_parameters(model) -> int:
+    """Number of the student's parameters, without the distillers' own."""
+    return sum(
+        p.numel() for name, p in model.named_parameters() if not name.startswith("distillers.")
+    )
+
+
 def run_facts(model, seed: int) -> dict:
     """What ``result.json`` says of a run beside its results."""
     teacher = getattr(model, "teacher", None)
     distillers = getattr(model, "distillers", None)
-    own = sum(p.numel() for p in distillers.parameters()) if distillers else 0
     return {
         "distillers": list(distillers) if distillers else [],
         "distillation_weights": dict(model.distillation_weights) if distillers else {},
         "teacher": teacher.name if teacher else "",
         "teacher_parameters": teacher.num_parameters if teacher else 0,
-        "student_parameters": sum(p.numel() for p in model.parameters()) - own,
-        "distiller_parameters": own,
+        "student_parameters": student_parameters(model),
+        "distiller_parameters": sum(p.numel() for p in distillers.parameters())
+        if distillers
+        else 0,
         "seed": seed,
         "torch": torch.__version__,
     }

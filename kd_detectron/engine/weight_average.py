@@ -60,8 +60,8 @@ class WeightAverage(HookBase):
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards the trained ones, bit for bit."""
-        if self._average.n_averaged == 0:
-            yield
+        if self._average.n_averaged == 0 or self._trained is not None:
+            yield  # there is no average, or it is in the model already
             return
         self._trained = {name: x.clone() for name, x in self._student.state_dict().items()}
         self._student.load_state_dict(self._average.module.state_dict())

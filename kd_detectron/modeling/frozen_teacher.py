@@ -204,7 +204,8 @@ class FrozenTeacher:
 
 
 def _has_bfloat16(device: torch.device) -> bool:
-    return device.type != "cuda" or torch.cuda.is_bf16_supported()
+    # GPUs older than Ampere only emulate it, slower than float32.
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def model_spec(model: nn.Module) -> ModelSpec:

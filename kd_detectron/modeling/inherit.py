@@ -76,10 +76,11 @@ def _inherit_what_fits(
             fitting.append(module)
     refused = "; ".join(f"{module} ({reason})" for module, reason in reasons.items())
     if not fitting:
+        example = f", e.g. {refused.partition('; ')[0]}" if refused else ""
         raise ConfigError(
             "KD.TEACHER.INHERIT is ['auto'], but no part of the student behind the backbone's "
-            f"bottom-up network is built as the teacher's: {refused or 'it has none'}; give both "
-            "the same MODEL.FPN, .RPN or .ROI_*, or leave INHERIT empty"
+            f"bottom-up network is built as the teacher's{example}; give both the same MODEL.FPN, "
+            ".RPN or .ROI_*, or leave INHERIT empty"
         )
     logger.info("Inherited from the teacher: %s", ", ".join(fitting))
     if refused:

@@ -71,6 +71,8 @@ def teacher_config(cfg: CfgNode) -> CfgNode:
         )
     teacher_cfg = get_cfg()
     add_kd_config(teacher_cfg)
+    # It may have been distilled by a distiller that is not registered here.
+    teacher_cfg.KD.set_new_allowed(True)
     merge_file(teacher_cfg, path)
     teacher_cfg.MODEL.DEVICE = cfg.MODEL.DEVICE
     merge_opts(teacher_cfg, list(cfg.KD.TEACHER.OPTS), source="KD.TEACHER.OPTS")

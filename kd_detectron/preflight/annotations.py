@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 MAX_TRAIN_HEADERS = 5000
 _EXIF_ORIENTATION = 0x0112
 
-# A test of a value, and what it asks for in words.
-Rule = tuple[Callable[[object], bool], str]
+# A key of an entry, a test of its value, and what the test asks for in words.
+Rule = tuple[str, Callable[[object], bool], str]
 
 
 @dataclass(frozen=True)
@@ -83,29 +83,26 @@ def check_coco_files(
             f"{name}: image folder '{absolute(image_dir)}' does not exist ({datasets_root()});"
             " put the images there or correct the path"
         )
-    images, categories = content["images"], content["categories"]
-    annotations = content["annotations"]
-    _check_categories(title, categories)
-    if not images:
-        raise ConfigError(f"{title} lists no images; there is nothing to use it for")
-    # pycocotools takes text as well, but sorts the ids.
-    is_image_id = (_is_whole, "a whole number")
-    if isinstance(images[0], dict) and _is_text(images[0].get("id")):
-        is_image_id = (_is_text, "text, as that of the first image is")
-    _check_images(title, images, is_image_id)
+    images, annotations = content["images"], content["annotations"]
+    for part, use in (("categories", "the classes"), ("images", "what there is to use")):
+        if not content[part]:
+            raise ConfigError(f"{title} lists no {part}; its '{part}' name {use}")
+    rules = ANNOTATION_RULES + (TEST_RULES if for_test else [])
+    if for_test and num_keypoints is not None:
+        rules = [*rules, ("num_keypoints", _is_whole, "how many keypoints are labelled")]
+    _check_entries(title, "categories", content["categories"], CATEGORY_RULES, unique=True)
+    _check_entries(title, "images", images, IMAGE_RULES, unique=True)
+    # Detectron2 makes the same exception for COCO 2014.
+    _check_entries(title, "annotations", annotations, rules, unique="minival" not in json_file)
+    ids = [image["id"] for image in images] + [a["image_id"] for a in annotations]
+    if len({isinstance(image_id, str) for image_id in ids}) > 1:
+        raise ConfigError(
+            f"{title} has image ids that are numbers and others that are text; write all alike,"
+            " those of 'image_id' in the annotations too"
+        )
     files = [os.path.join(image_dir, image["file_name"]) for image in images]
     check_on_disk(name, files)
-    if annotations or for_training:
-        _check_annotations(
-            *(title, annotations, is_image_id),
-            for_test=for_test,
-            keypoints=num_keypoints is not None,
-        )
-        if "minival" not in json_file:  # Detectron2 makes the same exception for COCO 2014.
-            _refuse_repeated(title, "annotations", annotations)
-    else:
-        logger.warning("%s lists no annotations, so it cannot be used to compute AP", title)
-    usable = _usable(title, content, for_training=for_training)
+    usable = _usable(title, content)
     objects = [annotation for annotation in usable if not annotation.get("iscrowd", 0)]
     if for_training and not objects:
         raise ConfigError(
@@ -113,6 +110,8 @@ def check_coco_files(
             " boxes without area or outside their image, or of unknown images; nothing can be"
             " learned from it"
         )
+    if not annotations:
+        logger.warning("%s lists no annotations, so it cannot be used to compute AP", title)
     if mask_format is not None:
         _check_masks(title, objects, images, mask_format if for_training else "bitmask")
     if num_keypoints is not None:
@@ -122,9 +121,8 @@ def check_coco_files(
     elif for_training:
         step = -(-len(files) // MAX_TRAIN_HEADERS)
         _check_image_sizes(title, images[::step], files[::step], allowed=max_corrupt_images)
-    return DatasetSummary(
-        name, len(images), len(usable), tuple(c["name"] for c in sorted(categories, key=_id))
-    )
+    categories = sorted(content["categories"], key=_id)
+    return DatasetSummary(name, len(images), len(usable), tuple(c["name"] for c in categories))
 
 
 def check_on_disk(title: str, file_names: Iterable[str]) -> None:
@@ -171,50 +169,7 @@ def _read_json(name: str, json_file: str) -> dict[str, list]:
     return content
 
 
-def _check_categories(title: str, categories: list) -> None:
-    if not categories:
-        raise ConfigError(f"{title} lists no categories; its 'categories' name the classes")
-    rules = [("id", _is_whole, "a whole number"), ("name", _is_text, "text")]
-    _require(title, "categories", categories, rules)
-    _refuse_repeated(title, "categories", categories)
-
-
-def _check_images(title: str, images: list, is_id: Rule) -> None:
-    rules = [
-        ("id", *is_id),
-        ("file_name", _is_text, "text"),
-        *((side, _is_positive, "a positive number of pixels") for side in ("width", "height")),
-    ]
-    _require(title, "images", images, rules)
-    _refuse_repeated(title, "images", images)
-
-
-def _check_annotations(
-    title: str, annotations: list, is_image_id: Rule, *, for_test: bool, keypoints: bool
-) -> None:
-    rules = [
-        ("id", _is_whole, "a whole number"),
-        ("image_id", *is_image_id),
-        ("category_id", _is_whole, "a whole number"),
-        ("bbox", _is_box, "[x, y, width, height] in pixels"),
-        ("ignore", lambda value: not value, "0 (set 'iscrowd' instead)"),
-    ]
-    if for_test:  # Read by the COCO evaluation, that is only after the training.
-        rules += [
-            (
-                "id",
-                bool,
-                "a number from 1, as COCO's evaluation takes id 0 for an object not found",
-            ),
-            ("area", _is_number, "a number of pixels"),
-            ("iscrowd", lambda value: value in (0, 1), "0 or 1"),
-        ]
-    if for_test and keypoints:
-        rules.append(("num_keypoints", _is_whole, "how many keypoints are labelled"))
-    _require(title, "annotations", annotations, rules)
-
-
-def _usable(title: str, content: Mapping[str, list], *, for_training: bool) -> list[dict]:
+def _usable(title: str, content: Mapping[str, list]) -> list[dict]:
     """Returns the annotations that are trained on or evaluated; logs how many are not."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
@@ -257,7 +212,7 @@ def _usable(title: str, content: Mapping[str, list], *, for_training: bool) -> l
 
 def _check_masks(title: str, objects: list, images: list, mask_format: str) -> None:
     title = f"{title}: MODEL.MASK_ON is True"
-    _require(title, "annotations", objects, [("segmentation", bool, "polygons or RLE")])
+    _check_entries(title, "annotations", objects, [("segmentation", bool, "polygons or RLE")])
     sizes = {image["id"]: [image["height"], image["width"]] for image in images}
     for annotation in objects:
         mask, size = annotation["segmentation"], sizes[annotation["image_id"]]
@@ -282,7 +237,7 @@ def _check_keypoints(title: str, objects: list, num_keypoints: int) -> None:
         f" MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}"
     )
     title = f"{title}: MODEL.KEYPOINT_ON is True"
-    _require(title, "annotations", objects, [("keypoints", fits, expected)])
+    _check_entries(title, "annotations", objects, [("keypoints", fits, expected)])
 
 
 def _check_image_sizes(
@@ -324,29 +279,23 @@ def image_size(path: str) -> tuple[int, int] | None:
         return None
 
 
-def _require(
-    title: str, part: str, entries: list, rules: Iterable[tuple[str, Callable, str]]
+def _check_entries(
+    title: str, part: str, entries: list, rules: Iterable[Rule], *, unique: bool = False
 ) -> None:
-    """Refuses entries of an annotation file that break a rule: (key, test of its value, words)."""
+    """Refuses entries of an annotation file that break a rule, or several of the same id."""
     for key, fits, expected in rules:
-        wrong = [
-            entry for entry in entries if not (isinstance(entry, dict) and fits(entry.get(key)))
-        ]
+        wrong = [x for x in entries if not (isinstance(x, dict) and fits(x.get(key)))]
         if wrong:
             first = wrong[0] if isinstance(wrong[0], dict) else {}
             which = f"id {first['id']}" if "id" in first else short(wrong[0])
-            found = (
-                f"the {key} {short(first[key])}" if first.get(key) is not None else f"no '{key}'"
-            )
+            value = first.get(key)
+            found = f"no '{key}'" if value is None else f"the {key} {short(value)}"
             raise ConfigError(
                 f"{title}: {len(wrong)} of {len(entries)} {part} have no valid '{key}', the first"
                 f" ({which}) has {found}; it must be {expected}"
             )
-
-
-def _refuse_repeated(title: str, part: str, entries: list) -> None:
     repeated = [value for value, count in Counter(map(_id, entries)).items() if count > 1]
-    if repeated:
+    if repeated and unique:
         raise ConfigError(
             f"{title}: several {part} have the same id ({some(repeated)}); ids must be unique, so"
             f" renumber the {part}"
@@ -375,6 +324,29 @@ def _is_whole(value) -> bool:
 
 def _is_box(value) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+
+
+IMAGE_ID = (lambda value: _is_whole(value) or isinstance(value, str), "a whole number or text")
+CATEGORY_RULES = [("id", _is_whole, "a whole number"), ("name", _is_text, "text")]
+IMAGE_RULES = [
+    ("id", *IMAGE_ID),
+    ("file_name", _is_text, "text"),
+    ("width", _is_positive, "a positive number of pixels"),
+    ("height", _is_positive, "a positive number of pixels"),
+]
+ANNOTATION_RULES = [
+    ("id", _is_whole, "a whole number"),
+    ("image_id", *IMAGE_ID),
+    ("category_id", _is_whole, "a whole number"),
+    ("bbox", _is_box, "[x, y, width, height] in pixels"),
+    ("ignore", lambda value: not value, "0 (set 'iscrowd' instead)"),
+]
+# What the COCO evaluation reads, that is only after the training.
+TEST_RULES = [
+    ("id", bool, "a number from 1, as COCO's evaluation takes id 0 for an object not found"),
+    ("area", _is_number, "a number of pixels"),
+    ("iscrowd", lambda value: value in (0, 1), "0 or 1"),
+]
 
 
 def some(values: Iterable, limit: int = 10) -> str:

@@ -18,7 +18,7 @@ from kd_detectron.modeling.distilled_rcnn import DistillationMixin
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
-    """Refuses ``KD.DISTILLERS`` on a detector that would train without them, and unknown parts.
+    """Refuses ``KD.DISTILLERS`` and ``INHERIT`` on a detector that reads neither; unknown parts.
 
     Raises:
         ConfigError: naming ``MODEL.META_ARCHITECTURE``, or the part's key, and the fix.
@@ -28,12 +28,14 @@ def check_meta_architecture(cfg: CfgNode) -> None:
     known = {key: cls for key, cls in META_ARCH_REGISTRY if isinstance(cls, type)}
     if name not in META_ARCH_REGISTRY:
         raise ConfigError(f"MODEL.META_ARCHITECTURE is '{name}'{did_you_mean(name, known)}")
-    if not (cfg.KD.ENABLED and cfg.KD.DISTILLERS):
+    asked = {"KD.DISTILLERS": cfg.KD.DISTILLERS, "KD.TEACHER.INHERIT": cfg.KD.TEACHER.INHERIT}
+    key = next((key for key, names in asked.items() if names and cfg.KD.ENABLED), "")
+    if not key:
         return
     if name in known and not issubclass(known[name], DistillationMixin):
         distilled = [key for key, cls in known.items() if issubclass(cls, DistillationMixin)]
         raise ConfigError(
-            f"KD.DISTILLERS is {list(cfg.KD.DISTILLERS)} but MODEL.META_ARCHITECTURE is '{name}', "
+            f"{key} is {list(asked[key])} but MODEL.META_ARCHITECTURE is '{name}', "
             f"which distils nothing; set it to one of {', '.join(sorted(distilled))}, or "
             "KD.ENABLED False"
         )

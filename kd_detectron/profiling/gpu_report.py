@@ -47,15 +47,16 @@ DETECTORS = {
 }
 PAIRS = ("r101_r18", "r101_r50", "r50_mv2")
 TABLE_CONFIGS = tuple(
-    f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd")
+    f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd", "recipe")
 )
 PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 OK = "ok"
 # The modules of tools/train_net.py and tools/export_student.py, run as commands, not imported.
-MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.traced_export"
+MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.export_command"
 # The first steps in float16 may be left out until the loss scale fits.
 _SCALER_STEPS = 12
 _COMMAND_TIMEOUT = 600
+_RANDOM_PIXEL_STD = 1e4
 
 Check = dict[str, str | float]
 
@@ -67,13 +68,16 @@ def default_device() -> str:
 
 def random_weights(device: str, *, small: bool) -> list:
     """KEY VALUE overrides: no weights are loaded; with ``small``, models for a CPU."""
-    teacher = ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
-    teacher += ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+    # Without normalisation layers that learn, a random ResNet multiplies its input, a ResNet-101
+    # by more than float16 holds. Small inputs keep it finite, and cost the same time.
+    teacher = ["MODEL.PIXEL_STD", [_RANDOM_PIXEL_STD] * 3]
     opts = ["MODEL.WEIGHTS", "", "MODEL.DEVICE", device, "KD.TEACHER.WEIGHTS", "none"]
     if small:
-        opts += [*teacher, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16, "KD.TEACHER.OPTS", teacher]
+        teacher += ["MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64]
+        teacher += ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 64]
+        opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 16]
         opts += ["MODEL.RPN.POST_NMS_TOPK_TRAIN", 100, "MODEL.RPN.POST_NMS_TOPK_TEST", 50]
-    return opts
+    return [*opts, *teacher, "KD.TEACHER.OPTS", teacher]
 
 
 # ---- does it work: steps ----
@@ -128,7 +132,8 @@ def device_precisions(device: str) -> list[str]:
     """float16 needs loss scaling, which there is on CUDA alone; bfloat16 needs a recent GPU."""
     if device == "cpu":
         return ["fp32", "bf16"]
-    return ["fp32", "fp16", *(["bf16"] if torch.cuda.is_bf16_supported() else [])]
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return ["fp32", "fp16", "bf16"] if has_bf16 else ["fp32", "fp16"]
 
 
 def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd_detectron.runs.files import flatten
-from kd_detectron.runs.run import Run, distiller_names
+from kd_detectron.runs.run import Run, detector_name, distiller_names, has_teacher
 
 TEACHER = "teacher"
 MISSING = "-"
@@ -29,7 +29,7 @@ _NOT_THE_EXPERIMENT = frozenset(
     }
 )
 _ARCHITECTURE = "MODEL.META_ARCHITECTURE"
-_SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE", "OPTIONS"})
+_SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE"})
 # Nodes that a backbone's builder reads, by a part of the builder's name.
 _BACKBONE_NODES = {
     "resnet": "RESNETS",
@@ -43,18 +43,22 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
     """Groups runs that differ in their seed alone, in the order in which they were given."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        key = (run.finished or run.iterations, *sorted(experiment(run).items()))
+        key = (run.finished or run.iterations, *sorted(experiment(run.config).items()))
         groups.setdefault(key, []).append(run)
     return list(groups.values())
 
 
-def experiment(run: Run) -> dict[str, str]:
-    """Returns the flattened config, without what does not distinguish two experiments."""
-    config = dict(run.config)
+def experiment(config: Mapping) -> dict[str, str]:
+    """Returns a config by dotted key, without what does not distinguish two experiments.
+
+    Without the seed too, and without the nodes of distillers and backbones that are not in use.
+    """
+    config = dict(config)
     names = distiller_names(config)
+    taught = has_teacher(config)
     kd = dict(config.pop("KD", None) or {})
     model = dict(config["MODEL"])
-    if names:
+    if taught:
         used = {name.upper() for name in names} | _SHARED_KD_NODES
         config["KD"] = {
             key: value for key, value in kd.items() if key in used or not isinstance(value, Mapping)
@@ -62,7 +66,7 @@ def experiment(run: Run) -> dict[str, str]:
         config["KD"]["DISTILLERS"] = sorted(names)
     else:
         # A baseline is the same model under both meta-architectures.
-        model["META_ARCHITECTURE"] = run.detector
+        model["META_ARCHITECTURE"] = detector_name(config)
     config["MODEL"] = model
     unread = _unread_nodes(model)
     return {
@@ -97,12 +101,12 @@ def group_names(groups: Sequence[Sequence[Run]]) -> list[str]:
     for group in groups:
         run = group[0]
         namesakes = [
-            experiment(other[0])
+            experiment(other[0].config)
             for other in groups
             if (other[0].method, other[0].pair, other[0].detector)
             == (run.method, run.pair, run.detector)
         ]
-        own = experiment(run)
+        own = experiment(run.config)
         keys = sorted({key for other in namesakes for key in other})
         differing = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
         parts = [
@@ -151,7 +155,7 @@ def teacher_folders(runs: Sequence[Run]) -> set[Path]:
 
 def confounders(name: str, run: Run, baseline: Run) -> list[str]:
     """Notes what else differs between a run and its baseline than the distillation."""
-    own, base = experiment(run), experiment(baseline)
+    own, base = experiment(run.config), experiment(baseline.config)
     if run.iterations and baseline.iterations:
         own["iterations trained"], base["iterations trained"] = run.iterations, baseline.iterations
     keys = [key for key in sorted({*own, *base}) if not key.startswith("KD.")]

@@ -23,6 +23,7 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import CONFIG, is_finished, read_config, read_metrics, read_result
 
 BASELINE = "baseline"
+INHERITED = "inherited"
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 TASKS = {"bbox": "box", "segm": "mask"}
 
@@ -113,14 +114,14 @@ def load_run(path: str | Path, dataset: str = "") -> Run:
     if len(datasets) > 1:
         results = results.get(dataset)
     results = results or _last_evaluation(history)
-    names = distiller_names(config)
-    weights = (config.get("KD", {}).get("TEACHER") or {}).get("WEIGHTS") if names else ""
+    taught = has_teacher(config)
+    weights = (config.get("KD", {}).get("TEACHER") or {}).get("WEIGHTS") if taught else ""
     taught_by = Path(weights).parent if weights else None
     return Run(
         path=path,
-        method=method_name(names),
+        method=method_name(config),
         student=backbone_name(config),
-        teacher=teacher_name(config) if names else None,
+        teacher=teacher_name(config) if taught else None,
         detector=detector_name(config),
         results=known_values(results),
         history=history,
@@ -140,9 +141,21 @@ def distiller_names(config: Mapping) -> list[str]:
     return list(kd.get("DISTILLERS") or []) if kd.get("ENABLED", False) else []
 
 
-def method_name(distillers: list[str]) -> str:
-    """Names a combination of distillers: "CKD+ReviewKD", or "baseline" for none."""
-    return "+".join(sorted(distillers, key=str.lower)) or BASELINE
+def inherits(config: Mapping) -> bool:
+    """Whether parts of the student started from the teacher's weights."""
+    kd = config.get("KD") or {}
+    return bool(kd.get("ENABLED", False) and (kd.get("TEACHER") or {}).get("INHERIT"))
+
+
+def has_teacher(config: Mapping) -> bool:
+    """Whether a run had a teacher: to distil from, or to inherit from."""
+    return bool(distiller_names(config)) or inherits(config)
+
+
+def method_name(config: Mapping) -> str:
+    """Names what a run took from its teacher: "CKD+ReviewKD", "inherited+PKD", or "baseline"."""
+    parts = [INHERITED] if inherits(config) else []
+    return "+".join([*parts, *sorted(distiller_names(config), key=str.lower)]) or BASELINE
 
 
 def detector_name(config: Mapping) -> str:

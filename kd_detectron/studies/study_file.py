@@ -20,7 +20,8 @@ import yaml
 
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.errors import ConfigError, did_you_mean
-from kd_detectron.runs.files import CONFIG, flatten, is_finished, read_config, read_metrics
+from kd_detectron.runs.files import CONFIG, is_finished, read_config, read_metrics
+from kd_detectron.runs.groups import experiment
 from kd_detectron.runs.run import Run, load_run
 
 STUDY_KEYS = {"output": str, "defaults": dict, "opts": list, "runs": list, "expected": str}
@@ -31,17 +32,6 @@ PART_KEYS = {
 DEFAULT_KEYS = {"config": str, "seeds": list, "opts": list}
 RUN_KEYS = {"name": str, **DEFAULT_KEYS}
 
-# What may differ between a finished run and its row: it changes nothing that was learnt.
-_MAY_CHANGE = (
-    "CUDNN_BENCHMARK",
-    "DATALOADER.NUM_WORKERS",
-    "MODEL.DEVICE",
-    "OUTPUT_DIR",
-    "SOLVER.CHECKPOINT_",
-    "TEST.EVAL_PERIOD",
-    "VERSION",
-    "VIS_PERIOD",
-)
 _PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -272,8 +262,8 @@ def _fill_in(value: str, folder: Path, where: str) -> str:
 def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> None:
     """Refuses a finished run whose options in the file are not those that it was trained with.
 
-    Keys that only one of the two configs has come from another version and are left out, and so is
-    where the study's folder lies.
+    Keys that only one of the two configs has come from another version and are left out, and so
+    are where the study's folder lies and how often the run was evaluated and saved.
     """
     trained = read_config(run.folder)
     own_folder = str(run.folder.relative_to(output))
@@ -282,7 +272,7 @@ def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> N
     changed = [
         f"{key} {before[key]} (the file: {after[key]})"
         for key in sorted(before.keys() & after.keys())
-        if before[key] != after[key] and not key.startswith(_MAY_CHANGE)
+        if before[key] != after[key] and not key.startswith("SOLVER.CHECKPOINT_")
     ]
     if changed:
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
@@ -295,7 +285,7 @@ def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> N
 
 def _without_home(config: dict, home: str) -> dict[str, str]:
     """A config's values by dotted key, paths below ``home`` written relative to "{output}"."""
-    texts = {key: str(value) for key, value in flatten(config).items()}
+    texts = experiment(config) | {"SEED": str(config.get("SEED"))}
     return {
         key: "{output}/" + text.removeprefix(home) if home and text.startswith(home) else text
         for key, text in texts.items()

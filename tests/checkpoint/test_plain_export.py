@@ -193,7 +193,7 @@ def test_final_checkpoint_is_exported_unless_another_is_named(run, tmp_path):
 @pytest.mark.parametrize(
     ("config", "meta"),
     [
-        (None, "GeneralizedRCNN"),  # a file with two keys
+        (None, "GeneralizedRCNN"),  # a file of few keys
         ("ckd_rcnn_r101_r18.yaml", "GeneralizedRCNN"),
         ("COCO-Detection/retinanet_R_50_FPN_1x.yaml", "RetinaNet"),
     ],
@@ -201,7 +201,10 @@ def test_final_checkpoint_is_exported_unless_another_is_named(run, tmp_path):
 def test_config_can_be_partial_a_bare_name_or_based_on_the_zoo(tmp_path, config, meta):
     if config is None:
         config = str(tmp_path / "partial.yaml")
-        (tmp_path / "partial.yaml").write_text("MODEL: {META_ARCHITECTURE: DistilledRCNN}\n")
+        (tmp_path / "partial.yaml").write_text(
+            "MODEL: {META_ARCHITECTURE: DistilledRCNN}\n"
+            "KD: {OPTIONS: {}, NOTREGISTEREDHERE: {WEIGHT: 1.0}}\n"
+        )
     elif "/" in config:
         config = model_zoo.get_config_file(config)
     assert student_config(config).MODEL.get("META_ARCHITECTURE") == meta

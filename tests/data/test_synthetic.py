@@ -105,15 +105,6 @@ def test_set_with_other_arguments_is_replaced(tmp_path):
     assert [path.name for path in (tmp_path / "set" / "train").iterdir()] == ["000000.jpg"]
 
 
-@pytest.mark.parametrize("broken", ["val.json", "train/000001.jpg"])
-def test_damaged_set_is_made_again(tmp_path, broken):
-    folder = make_synthetic(tmp_path / "set", **SMALL)
-    before = contents(folder)
-    (folder / broken).unlink()
-    make_synthetic(tmp_path / "set", **SMALL)
-    assert contents(folder) == before
-
-
 def test_interrupted_making_leaves_no_set_and_the_next_one_completes_it(tmp_path, monkeypatch):
     calls = []
 

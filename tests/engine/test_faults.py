@@ -289,7 +289,7 @@ def test_process_that_was_killed_is_named_by_its_parent(
     def launch(*args, **options):
         raise ProcessExitedException("", 1, 1234, exit_code=2, signal_name=signal_name)
 
-    monkeypatch.setattr(command, "launch", launch)
+    monkeypatch.setattr("kd_detectron.engine.launch.launch", launch)
     assert command.main(["--config-file", "any.yaml", "--num-gpus", "2"]) == code
     assert capsys.readouterr().err.startswith(said)
 

@@ -1,6 +1,5 @@
 """VIS_PERIOD: pictures in the event storage, and a training that does not notice them."""
 
-import json
 import random
 import re
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from coco_files import coco_content, write_coco_files
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -31,28 +30,16 @@ PROPOSALS = "Left: GT bounding boxes;  Right: Predicted proposals"
 @pytest.fixture
 def picture_cfg(tmp_path):
     """Returns a function that gives the config of a tiny run with a teacher that has weights."""
-    generator = np.random.default_rng(0)
-    images, annotations = [], []
-    for index in range(4):
-        pixels = generator.integers(0, 255, (64, 96, 3), dtype=np.uint8)
-        cv2.imwrite(str(tmp_path / f"{index}.png"), pixels)
-        images.append({"id": index, "file_name": f"{index}.png", "height": 64, "width": 96})
-        box = {"id": index + 1, "image_id": index, "category_id": 1 + index % NUM_CLASSES}
-        polygon = [[8, 8, 48, 8, 48, 40, 8, 40]]
-        box |= {"bbox": [8, 8, 40, 32], "area": 1280, "iscrowd": 0, "segmentation": polygon}
-        annotations.append(box)
-    content = {"images": images, "annotations": annotations}
-    content["categories"] = [{"id": k + 1, "name": f"kind {k}"} for k in range(NUM_CLASSES)]
-    (tmp_path / "annotations.json").write_text(json.dumps(content))
-    name = f"pictures_{tmp_path.name}"
-    dataset = [name, str(tmp_path / "annotations.json"), str(tmp_path)]
+    classes = [f"kind {index}" for index in range(NUM_CLASSES)]
+    content = coco_content(4, size=(64, 96), turned=False, classes=classes, box=(8, 8, 40, 32))
+    dataset = write_coco_files(tmp_path / "pictures", content)
 
     def make(output, opts=(), teacher_opts=()):
         cfg = distilled_cfg(
             tmp_path,
             opts=[
                 *("DATASETS.COCO_FORMAT", [dataset]),
-                *("DATASETS.TRAIN", (name,), "DATASETS.TEST", ()),
+                *("DATASETS.TRAIN", (dataset[0],), "DATASETS.TEST", ()),
                 *("SOLVER.MAX_ITER", 2, "SOLVER.STEPS", (), "SOLVER.CHECKPOINT_PERIOD", 100),
                 *("OUTPUT_DIR", str(tmp_path / output)),
                 *opts,
@@ -69,9 +56,7 @@ def picture_cfg(tmp_path):
         register_coco_format(cfg)
         return cfg
 
-    yield make
-    DatasetCatalog.remove(name)
-    MetadataCatalog.remove(name)
+    return make
 
 
 def train(cfg):

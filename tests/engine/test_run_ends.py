@@ -146,8 +146,12 @@ def test_signal_in_the_final_evaluation_ends_it_and_a_resume_makes_up_for_it(
     assert [x["iteration"] for x in evaluated] == [6]
 
 
-def test_signal_in_an_evaluation_leaves_a_checkpoint_of_its_iteration(tmp_path, dataset, results):
+@pytest.mark.parametrize("averaged", [False, True])
+def test_signal_in_an_evaluation_leaves_a_checkpoint_of_its_iteration(
+    tmp_path, dataset, results, averaged
+):
     opts = [*PLAIN, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 6]
+    opts += ["SOLVER.EMA.ENABLED", averaged]
     straight, broken = (run_cfg(tmp_path, dataset, name, opts) for name in ("straight", "broken"))
     results += map(ap, (1.0, 2.0, 3.0))
     train(straight)

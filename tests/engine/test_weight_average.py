@@ -42,6 +42,9 @@ def test_average_is_the_formula_on_weights_and_a_copy_of_buffers():
         assert model.layer.weight.item() == pytest.approx(expected)
         assert model.layer.running_mean.item() == 7.0
         assert model.distillers["Mine"].weight.item() == 7.0, "distillers are not averaged"
+        with average.applied():  # as of a checkpoint that an interrupted evaluation leaves
+            assert model.layer.weight.item() == pytest.approx(expected)
+        assert model.layer.weight.item() == pytest.approx(expected)
     assert model.layer.weight.item() == 7.0
     assert [decay_at(step, 0.999) for step in (0, 90)] == [0.1, 0.91]
 
@@ -145,6 +148,7 @@ def train_and_compare(cfg):
             json.dump(same, file)
 
 
+@pytest.mark.slow
 def test_two_processes_agree_also_after_distillation_stopped_that_alone_read_a_level(
     tmp_path, dataset
 ):

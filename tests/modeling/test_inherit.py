@@ -142,7 +142,7 @@ def test_auto_leaves_out_what_means_something_else_in_the_teacher(
         (
             ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
             ["auto"],
-            ["KD.TEACHER.INHERIT", "no part", "roi_heads.box_head (the teacher has none)"],
+            ["KD.TEACHER.INHERIT", "no part", "(weight is (32, 64, 1, 1), the teacher's (40"],
         ),
     ],
 )

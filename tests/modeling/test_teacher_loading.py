@@ -8,7 +8,12 @@ from tiny import tiny_batch, tiny_cfg
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import FrozenTeacher
-from kd_detectron.modeling.teacher_loading import find_teacher_config, load_teacher, zoo_configs
+from kd_detectron.modeling.teacher_loading import (
+    find_teacher_config,
+    load_teacher,
+    teacher_config,
+    zoo_configs,
+)
 
 SMALL_RCNN = """
 from detectron2.config import LazyCall as L
@@ -192,3 +197,10 @@ def test_teacher_by_arguments_is_the_teacher_of_the_config(tmp_path):
     by_name = FrozenTeacher.from_name(path, weights="none", device="cpu")
     assert by_name.fingerprint() == by_config.fingerprint()
     assert (by_name.amp, by_name.name) == (by_config.amp, by_config.name)
+
+
+def test_weights_among_the_overrides_are_those_that_are_loaded():
+    cfg = student_cfg("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml", weights="")
+    assert teacher_config(cfg).MODEL.WEIGHTS.endswith("model_final_b275ba.pkl")
+    cfg.KD.TEACHER.OPTS = ["MODEL.WEIGHTS", "mine.pth"]
+    assert teacher_config(cfg).MODEL.WEIGHTS == "mine.pth"

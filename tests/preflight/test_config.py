@@ -27,6 +27,12 @@ def test_distillers_on_a_detector_that_has_none_are_refused(tmp_path, capsys, na
         assert word in error
 
 
+def test_inheriting_into_a_detector_that_does_not_read_it_is_refused(tmp_path):
+    opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "KD.TEACHER.INHERIT", ["auto"]]
+    with pytest.raises(ConfigError, match="KD.TEACHER.INHERIT is .*auto.*DistilledRCNN"):
+        check_meta_architecture(distilled_cfg(tmp_path, distillers=(), opts=opts))
+
+
 def test_distillers_switched_off_are_no_matter(tmp_path):
     opts = ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "KD.ENABLED", False]
     check_meta_architecture(distilled_cfg(tmp_path, opts=opts))

@@ -4,9 +4,11 @@ import json
 import logging
 
 import pytest
+from omegaconf import OmegaConf
 from tiny import distilled_cfg, write_tiny_teacher
 
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.engine.lazy import as_yaml
 from kd_detectron.engine.main import main
 
 
@@ -45,3 +47,8 @@ def test_both_training_and_check_look_at_class_and_channel_order(tmp_path, capfd
         said = captured.out + captured.err + caplog.text
         for word in words:
             assert word in said, said
+
+
+def test_images_that_a_lazy_config_may_skip_are_no_fault_of_its_data():
+    cfg = {"train": {"output_dir": "out", "max_corrupt_images": 3}, "dataloader": {}, "model": {}}
+    assert as_yaml(OmegaConf.create(cfg)).DATALOADER.MAX_CORRUPT_IMAGES == 3

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kd_detectron.config import find_config
 from kd_detectron.errors import ConfigError
 from kd_detectron.profiling import gpu_report
 
@@ -86,6 +87,27 @@ def test_resumed_run_with_another_loss_scale_fails(tmp_path):
         gpu_report.compare_checkpoints(whole, write("weights.pth", 65536.0, 1.1))
 
 
+class OverflowingModel(torch.nn.Module):
+    """A distilled detector whose gradient fits float32 only at a small loss scale."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+        self.distillers = torch.nn.ModuleDict({"KD": torch.nn.Identity()})
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, batch):
+        return {"loss_kd": self.distillers["KD"](self.weight) * self.factor}
+
+
+def test_loss_scale_may_fall_for_some_steps_but_not_for_ever():
+    model = OverflowingModel(1e36)
+    gpu_report.distilled_step(model, [], "fp16")
+    assert model.weight.item() != 1
+    with pytest.raises(RuntimeError, match="overflow float16 at a loss scale of 16"):
+        gpu_report.distilled_step(OverflowingModel(1e38), [], "fp16")
+
+
 @pytest.mark.slow
 def test_commands_train_resume_evaluate_and_export(tmp_path):
     def run_here(module, arguments):
@@ -128,3 +150,7 @@ def test_steps_run_without_the_compiled_part_of_detectron2():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.endswith("6 of 7 checks ok, 0 failed\n")
+
+
+def test_configs_of_the_tables_exist():
+    assert all(find_config(name) for name in gpu_report.TABLE_CONFIGS)

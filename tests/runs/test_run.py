@@ -96,3 +96,19 @@ def test_damaged_result_file_gets_one_sentence(write_run):
     (folder / "result.json").write_text('{"results": ')
     with pytest.raises(ConfigError, match="not readable JSON"):
         load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("distillers", "opts", "method"),
+    [
+        ((), (), "baseline"),
+        ((), ("KD.TEACHER.INHERIT", ["auto"]), "inherited"),
+        (("PKD",), ("KD.TEACHER.INHERIT", ["auto"]), "inherited+PKD"),
+        (("ReviewKD", "CKD"), (), "CKD+ReviewKD"),
+        (("PKD",), ("KD.TEACHER.INHERIT", ["auto"], "KD.ENABLED", False), "baseline"),
+    ],
+)
+def test_run_is_named_by_all_that_it_takes_from_its_teacher(write_run, distillers, opts, method):
+    run = load_run(write_run("run", distillers=distillers, opts=opts))
+    assert run.method == method
+    assert (run.teacher is None) == (method == "baseline")

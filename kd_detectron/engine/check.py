@@ -1,0 +1,54 @@
+"""``--check``: everything that a training needs, tried in seconds, one step included."""
+
+import resource
+import time
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.utils.events import EventStorage
+
+from kd_detectron.preflight.data import check_data
+from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
+
+from .trainer import DistillationTrainer, student_parameters, unwrap
+
+
+def check(cfg: CfgNode) -> None:
+    """Validates a config in seconds: data, teacher, student, one step; prints what it found.
+
+    Raises:
+        ConfigError: the first thing that would stop the training.
+    """
+    for summary in check_data(cfg).values():
+        print(f"data     {summary}")
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    model = unwrap(trainer.model)
+    warn_of_pixel_statistics(model)
+    if getattr(model, "teacher", None) is not None:
+        print(
+            f"teacher  {model.teacher.name}: {model.teacher.num_parameters / 1e6:.1f} M parameters"
+        )
+        for name, weight in model.distillation_weights.items():
+            print(f"distil   {name}, weight {weight:g}")
+    print(f"student  {student_parameters(model) / 1e6:.1f} M parameters")
+    with EventStorage(0) as trainer._trainer.storage:
+        start = time.perf_counter()
+        trainer._trainer.iter = 0
+        trainer._trainer.run_step()
+        seconds = time.perf_counter() - start
+        losses = {
+            name: value
+            for name, (value, _) in trainer._trainer.storage.latest().items()
+            if "loss" in name
+        }
+    print("losses   " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
+    print(f"step     {seconds:.2f} s for {cfg.SOLVER.IMS_PER_BATCH} images, {peak_memory(cfg)}")
+    print("ok       this config is ready to train")
+
+
+def peak_memory(cfg: CfgNode) -> str:
+    """Peak memory so far, as text: of the GPU, or of this process on the CPU."""
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"

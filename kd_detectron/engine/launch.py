@@ -1,0 +1,80 @@
+"""Starting a command's processes, by Detectron2's ``launch`` or ``torchrun``, and how they end.
+
+A mistake of the user ends in one sentence and exit code 2 (``--debug`` shows the traceback), a
+failed training in one sentence and exit code 1.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from detectron2.engine import launch
+from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
+
+from kd_detectron.checkpoint import CheckpointWriteError
+from kd_detectron.commands import FAILED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError
+
+from .hooks import Interrupted
+
+
+def start(args, run: Callable) -> int:
+    """Runs ``run(args)`` in each process that the arguments ask for; returns the exit code."""
+    try:
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            join_torchrun()
+            run_process(args, run)
+        else:
+            launch(
+                run_process,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args, run),
+            )
+    except ProcessExitedException as error:
+        if error.signal_name is None:  # It has said itself what it ended of.
+            return error.exit_code
+        print(
+            f"error: process {error.error_index} was ended by {error.signal_name}, and the others "
+            "with it; the last checkpoint is intact, --resume goes on",
+            file=sys.stderr,
+        )
+        return FAILED_EXIT_CODE
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def run_process(args, run: Callable) -> None:
+    """``run(args)``, whose foreseen ends are one sentence and an exit code."""
+    try:
+        run(args)
+    except ConfigError as error:
+        _leave(args, error, USER_ERROR_EXIT_CODE, everywhere=False)
+    except (NonFiniteLossError, CorruptImageError, CheckpointWriteError) as error:
+        _leave(args, error, FAILED_EXIT_CODE, everywhere=True)
+    except Interrupted as stop:
+        if comm.is_main_process():
+            print(stop.message, file=sys.stderr)
+        raise
+
+
+def _leave(args, error: Exception, code: int, *, everywhere: bool) -> None:
+    if args.debug:
+        raise error
+    if everywhere or comm.is_main_process():
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(code) from None
+
+
+def join_torchrun() -> None:
+    """Joins the process group of a ``torchrun`` start, as Detectron2's ``launch`` would."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
