@@ -45,7 +45,7 @@ class StudyRun:
         folder: its output folder.
         opts: KEY VALUE overrides.
         max_iter: its iterations.
-        teacher_weights: the checkpoint that it distils from; empty where it does not distil.
+        teacher_weights: the checkpoint that it distils or inherits from; empty without a teacher.
     """
 
     name: str
@@ -113,7 +113,7 @@ def load_study(file: str, output: str | None = None) -> Study:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
             run.max_iter = cfg.SOLVER.MAX_ITER
-            if cfg.KD.ENABLED and cfg.KD.DISTILLERS:
+            if cfg.KD.ENABLED and (cfg.KD.DISTILLERS or cfg.KD.TEACHER.INHERIT):
                 run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
             if run.finished:
                 _check_unchanged(run, yaml.safe_load(cfg.dump()), folder, where)

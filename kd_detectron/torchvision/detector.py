@@ -14,6 +14,7 @@ Legend: N images, R sampled proposals over the whole batch, K foreground classes
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from .conventions import (
     rows_of_anchors,
     without_background,
 )
+from .inherit import inherit_parts
 from .taps import StudentTaps
 from .teacher import FrozenTeacher, TeacherRun
 
@@ -67,7 +69,8 @@ class DistilledDetector(nn.Module):
             distillers: registered names or distiller objects, each with its default weight; or
                 the weight by name; or a mapping of options by name, "weight" among them.
             inherit: the starts of the names of tensors ("rpn", "roi_heads") that the student
-                copies from the teacher before training. Works without any distiller.
+                copies from the teacher before training, or "auto" for all parts that fit
+                (``inherit.py``). Works without any distiller.
             teacher_amp: run the teacher in half precision on CUDA.
 
         Raises:
@@ -196,35 +199,6 @@ class DistilledDetector(nn.Module):
         return build_distiller(name, options, *specs)
 
 
-def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) -> None:
-    """Starts parts of the student from the teacher's weights: the inheriting strategy.
-
-    As in Kang et al., "Instance-Conditional Knowledge Distillation for Object Detection" (arXiv
-    2110.12724), where neck and heads are inherited.
-
-    Args:
-        parts: the starts of the names of tensors, such as "rpn" and "roi_heads".
-        student: the detector that they are copied into.
-        teacher: the detector that they are copied from.
-
-    Raises:
-        ConfigError: the teacher has no such part, or the student's is another.
-    """
-    own = student.state_dict()
-    for part in parts:
-        inherited = {key: t for key, t in teacher.state_dict().items() if key.startswith(part)}
-        wrong = [k for k, t in inherited.items() if k not in own or own[k].shape != t.shape]
-        if not inherited or wrong:
-            example = f", e.g. {wrong[0]}" if wrong else ""
-            raise ConfigError(
-                f"inherit has '{part}', of which the teacher has {len(inherited)} tensors; the "
-                f"student lacks {len(wrong)} of them or has them in another shape{example}; name "
-                "only parts that are built alike (backbone.fpn, rpn, roi_heads)"
-            )
-        for key, tensor in inherited.items():
-            own[key].copy_(tensor)
-
-
 def _options_by_name(distillers) -> dict[str, Distiller | Mapping]:
     """Distiller objects and option mappings by name, whatever form they were given in."""
     if isinstance(distillers, str):
@@ -255,7 +229,7 @@ def _registered(name: str) -> type[Distiller]:
 def _weight(name: str, entry: Distiller | Mapping, distiller: Distiller) -> float:
     options = {} if isinstance(entry, Distiller) else entry
     given = {key.lower(): value for key, value in options.items()}
-    weight = given.get("weight", getattr(distiller, "default_weight", 1.0))
+    weight = given.get("weight", distiller.default_weight)
     if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
         raise ConfigError(
             f"the weight of '{name}' is {weight!r}; it must be a finite number, not negative"
@@ -265,11 +239,10 @@ def _weight(name: str, entry: Distiller | Mapping, distiller: Distiller) -> floa
 
 def _of_levels(spec: ModelSpec, levels: Sequence[str]) -> ModelSpec:
     """A model's spec, of these levels alone."""
-    return ModelSpec(
+    return replace(
+        spec,
         channels={level: spec.channels[level] for level in levels},
         strides={level: spec.strides[level] for level in levels},
-        num_classes=spec.num_classes,
-        box_channels=spec.box_channels,
     )
 
 

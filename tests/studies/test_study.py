@@ -84,6 +84,15 @@ def test_study_without_a_teacher_is_reported_with_the_one_its_students_have(tmp_
     assert studies.teacher_of_others(study()) is None
 
 
+def test_run_that_only_inherits_waits_for_its_teacher_too(tmp_path):
+    opts = ["KD.DISTILLERS", "[]", "KD.TEACHER.INHERIT", "['roi_heads']"]
+    opts += ["KD.TEACHER.WEIGHTS", "{output}/teacher/model_final.pth"]
+    entry = {"name": "a", "config": "demo/ckd_reviewkd.yaml", "opts": opts}
+    (tmp_path / "study.yaml").write_text(json.dumps({"output": "out", "runs": [entry]}))
+    (run,) = studies.load_study(str(tmp_path / "study.yaml")).runs
+    assert run.teacher_weights == "out/teacher/model_final.pth"
+
+
 def test_paper_ablations_stand_ready():
     runs = {run.name: run for run in studies.load_study("ckd_ablations.yaml").runs}
     ckd = {name: get_config(r.config, r.opts).KD.CKD for name, r in runs.items()}

@@ -200,6 +200,37 @@ def test_inherited_parts_start_as_the_teachers_and_the_others_as_before(distille
 
 
 @pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        # The whole FPN or none of it.
+        ({"width": 12}, {"rpn.head", "roi_heads"}),
+        ({"width": 8}, {"backbone.fpn", "rpn.head", "roi_heads"}),
+        ({"first_stride": 8}, {"roi_heads"}),
+        ({"box_channels": 20}, {"backbone.fpn", "rpn.head"}),
+        (
+            {"bbox_reg_weights": (5.0, 5.0, 2.5, 2.5)},
+            {"backbone.fpn", "rpn.head", "roi_heads.box_head"},
+        ),
+        ({"num_classes": 5}, {"backbone.fpn", "rpn.head", "roi_heads.box_head"}),
+    ],
+)
+def test_auto_inherits_what_fits_in_whole_and_means_the_same(teacher, expected):
+    student = detector("faster", seed=1)
+    teacher = detector("faster", seed=2, **teacher)
+    before = copy.deepcopy(student.state_dict())
+    DistilledDetector(student, teacher, inherit=["auto"])
+    changed = {k for k, t in student.state_dict().items() if not torch.equal(t, before[k])}
+    assert {part for part in expected if any(k.startswith(part) for k in changed)} == expected
+    assert all(key.startswith(tuple(expected)) for key in changed), changed
+
+
+def test_auto_with_nothing_to_inherit_is_refused():
+    student = detector("faster", num_classes=2, out_channels=8)
+    with pytest.raises(ConfigError, match="auto.*out_channels"):
+        DistilledDetector(student, detector("faster"), inherit=["auto"])
+
+
+@pytest.mark.parametrize(
     ("build", "words"),
     [
         (lambda: distilled(["ReviewKd"]), ["ReviewKd", "did you mean ReviewKD"]),
