@@ -6,6 +6,7 @@ import time
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
+from detectron2.utils.logger import setup_logger
 
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
@@ -21,6 +22,9 @@ def check(cfg: CfgNode) -> None:
     """
     for summary in check_data(cfg).values():
         print(f"data     {summary}")
+    if cfg.KD.ENABLED and cfg.KD.TEACHER.INHERIT:
+        # Which parts fit is known and logged where they are copied.
+        setup_logger(name="kd_detectron.modeling.inherit")
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=False)
     model = unwrap(trainer.model)

@@ -37,7 +37,7 @@ from kd_detectron.distillers import option_defaults
 from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
 from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
-from kd_detectron.modeling.teacher_loading import run_lazy_file
+from kd_detectron.modeling.teacher_loading import plain_list, run_lazy_file
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
@@ -282,7 +282,7 @@ def as_yaml(cfg: DictConfig) -> CfgNode:
     teacher = cfg.model.get("teacher") or {}
     yaml_view.KD.TEACHER.CONFIG_FILE = teacher.get("config_file", "")
     yaml_view.KD.TEACHER.WEIGHTS = teacher.get("weights", "")
-    yaml_view.KD.TEACHER.OPTS = list(teacher.get("opts", ()))
+    yaml_view.KD.TEACHER.OPTS = plain_list(teacher.get("opts", ()))
     return yaml_view
 
 

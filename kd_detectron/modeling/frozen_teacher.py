@@ -34,7 +34,7 @@ from kd_detectron.errors import ConfigError
 
 from .fold import channels_last_on_cpu, fold_batch_norm
 from .taps import StudentTaps, box_head_of, rpn_outputs_by_level
-from .teacher_loading import load_teacher
+from .teacher_loading import load_teacher, plain_list
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class FrozenTeacher:
         cfg.MODEL.DEVICE = device
         cfg.KD.TEACHER.CONFIG_FILE = config_file
         cfg.KD.TEACHER.WEIGHTS = weights
-        cfg.KD.TEACHER.OPTS = list(opts)
+        cfg.KD.TEACHER.OPTS = plain_list(opts)
         cfg.KD.TEACHER.AMP = amp
         return cls.from_config(cfg)
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from kd_detectron.errors import ConfigError
+from kd_detectron.errors import ConfigError, did_you_mean
 
 from .compatibility import box_coding, same_anchors
 from .taps import box_head_of
@@ -47,13 +47,18 @@ def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
             continue
         inherited = {key: t for key, t in teacher.state_dict().items() if key.startswith(part)}
         wrong = [k for k, t in inherited.items() if k not in own or own[k].shape != t.shape]
-        if not inherited or wrong:
-            example = f", e.g. {wrong[0]}" if wrong else ""
+        if not inherited:
+            modules = sorted({".".join(key.split(".")[:depth]) for key in own for depth in (1, 2)})
+            raise ConfigError(
+                f"KD.TEACHER.INHERIT has '{part}', but the teacher has no part of that name"
+                f"{did_you_mean(part, [AUTO, *modules])}"
+            )
+        if wrong:
             raise ConfigError(
                 f"KD.TEACHER.INHERIT has '{part}', of which the teacher has {len(inherited)} "
-                f"tensors; the student lacks {len(wrong)} of them or has them in another shape"
-                f"{example}; name only parts that are built alike (MODEL.FPN, .RPN, .ROI_*), or "
-                "'auto' for all that fit"
+                f"tensors; the student lacks {len(wrong)} of them or has them in another shape, "
+                f"e.g. {wrong[0]}; name only parts that are built alike (MODEL.FPN, .RPN, .ROI_*), "
+                "or 'auto' for all that fit"
             )
         _copy(inherited, own)
         logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))

@@ -11,6 +11,7 @@ A checkpoint that does not fit its config in every key is refused.
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -223,6 +224,11 @@ def read_lazy_config(path: str, opts: list) -> DictConfig:
             )
         OmegaConf.update(cfg, key, value)
     return cfg
+
+
+def plain_list(values: Sequence) -> list:
+    """A list of a LazyConfig, and those in it, as Python's, which are what YAML configs take."""
+    return OmegaConf.to_container(values) if OmegaConf.is_config(values) else list(values)
 
 
 def run_lazy_file(path: str, *, key: str) -> DictConfig:

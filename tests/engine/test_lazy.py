@@ -85,6 +85,9 @@ model.teacher.opts = ["MODEL.ROI_HEADS.NUM_CLASSES", {classes}]
 """
 
 
+ANCHORS = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32],[64],[128],[256],[512]]"]
+
+
 @pytest.fixture
 def config(tmp_path):
     """Writes the tiny LazyConfig; returns its path and the output folder."""
@@ -127,6 +130,34 @@ def test_trains_and_writes_the_student_alone(config):
     assert result["finished"] and result["iterations"] == 2 and result["results"] == {}
     assert result["distillers"] == ["CKD", "ReviewKD"]
     assert result["teacher_parameters"] > 0 and result["distiller_parameters"] > 0
+
+
+# Distillers of the FPN's maps, the RPN and the boxes, with a teacher of the same anchors and width.
+OTHER_OUTPUTS = """
+from kd_detectron.distillers import PKD, RPNKD, BoxKD
+
+model.distillers = [
+    L(PKD)(strides=[4, 8, 16, 32, 64]), L(RPNKD)(), L(BoxKD)(form="bounded")
+]
+model.distillation_weights = dict(PKD=0.5)
+sizes = [[32], [64], [128], [256], [512]]
+model.teacher.opts = ["MODEL.FPN.OUT_CHANNELS", 24, "MODEL.ANCHOR_GENERATOR.SIZES", sizes]
+"""
+
+
+def test_distillers_of_other_outputs_train_or_are_refused(config, capsys):
+    path, output = config
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(OTHER_OUTPUTS)
+    assert main(["--config-file", path, "train.ema_decay=0.9"]) == 0
+    first = metrics(output)[0]
+    assert all(first[f"loss_{name}"] > 0 for name in ("pkd", "rpnkd", "boxkd"))
+    assert json.loads((output / "result.json").read_text())["distillation_weights"]["PKD"] == 0.5
+    for words, opt in (
+        (["'RPNKD'", "set of anchors of p2"], "model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]"),
+        (["PKD", "channels", "model.distillers"], f"model.teacher.opts={[*ANCHORS]}"),
+    ):
+        refused(capsys, path, [opt, f"train.output_dir={output}2"], words)
 
 
 def test_weights_can_be_averaged(config):
@@ -224,8 +255,8 @@ def refused(capsys, path, opts, words):
             ["'lazy_shape'", "lazy_shapes?", "DATASETS.TRAIN is dataloader.train.dataset.names"],
         ),
         (
-            ["model.roi_heads.num_classes=4", "model.teacher.opts.1=4"],
-            ["lazy_shapes", "NUM_CLASSES is 4", "is model.roi_heads.num_classes"],
+            ["model.roi_heads.num_classes=6", "model.teacher.opts.1=6"],
+            ["lazy_shapes", "NUM_CLASSES is 6", "is model.roi_heads.num_classes"],
         ),
         (
             ["dataloader.train.total_batch_size=0"],

@@ -137,7 +137,7 @@ def test_auto_leaves_out_what_means_something_else_in_the_teacher(
 @pytest.mark.parametrize(
     ("teacher_opts", "inherit", "words"),
     [
-        (ALIKE, ["roi_head."], ["KD.TEACHER.INHERIT", "roi_head."]),
+        (ALIKE, ["roi_head."], ["KD.TEACHER.INHERIT", "no part of that name", "mean roi_heads"]),
         ([], ["roi_heads"], ["roi_heads", "another shape", "box_head.fc1", "'auto'"]),
         (
             ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],

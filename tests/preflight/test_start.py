@@ -49,6 +49,23 @@ def test_both_training_and_check_look_at_class_and_channel_order(tmp_path, capfd
             assert word in said, said
 
 
+def test_check_says_which_parts_are_inherited_where_nothing_is_distilled(tmp_path, capfd):
+    data = make_synthetic(tmp_path / "data", 2, 1, image_size=(64, 64))
+    name, classes = (
+        f"train_{tmp_path.name}",
+        ["MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)],
+    )
+    cfg = distilled_cfg(tmp_path, [], [*classes, "DATASETS.TRAIN", (name,), "DATASETS.TEST", ()])
+    cfg.DATASETS.COCO_FORMAT = [[name, str(data / "train.json"), str(data / "train")]]
+    cfg.KD.TEACHER.OPTS, cfg.KD.TEACHER.INHERIT = [*classes, "MODEL.FPN.OUT_CHANNELS", 32], ["auto"]
+    path = tmp_path / "run.yaml"
+    path.write_text(cfg.dump())
+    assert main(["--config-file", str(path), "--check"]) == 0
+    said = "".join(capfd.readouterr())
+    assert "Inherited from the teacher: backbone.fpn_lateral2, " in said
+    assert "Not inherited from the teacher: roi_heads.box_head" in said and "ok " in said
+
+
 def test_images_that_a_lazy_config_may_skip_are_no_fault_of_its_data():
     cfg = {"train": {"output_dir": "out", "max_corrupt_images": 3}, "dataloader": {}, "model": {}}
     assert as_yaml(OmegaConf.create(cfg)).DATALOADER.MAX_CORRUPT_IMAGES == 3
