@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from detectron2.config import CfgNode, get_cfg
+from detectron2.engine import default_argument_parser
 
 from kd_detectron import add_kd_config
 from kd_detectron.__main__ import COMMANDS
@@ -28,19 +29,24 @@ every_page = pytest.mark.parametrize(
     "page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix()
 )
 
-# Of Detectron2's command line, torchrun, tensorboard and pip.
-OTHER_OPTIONS = set(
-    """check config-file dist-url eval-only help logdir machine-rank no-build-isolation
-    nnodes nproc-per-node num-gpus num-machines rdzv-backend rdzv-endpoint resume""".split()  # noqa: SIM905
-)
+# Of torchrun, tensorboard and pip.
+OTHERS = {
+    "nnodes",
+    "nproc-per-node",
+    "rdzv-backend",
+    "rdzv-endpoint",
+    "logdir",
+    "no-build-isolation",
+}
 
 
 def options_of_the_commands() -> set[str]:
     sources = [*(ROOT / "kd_detectron").rglob("*.py"), *ROOT.glob("tools/*.py")]
     sources += [*ROOT.glob("datasets/*.py"), *ROOT.glob("docs/*.py")]
     text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
-    torchvision = re.findall(r"--([\w-]+)", train_torchvision().format_help())
-    return {*re.findall(r'"--([a-z][a-z0-9-]+)"', text), *torchvision, *OTHER_OPTIONS}
+    parsers = [train_torchvision(), default_argument_parser()]
+    text += "".join(re.sub(r"(--[\w-]+)", r'"\1"', parser.format_help()) for parser in parsers)
+    return OTHERS.union(re.findall(r'"--([a-z][a-z0-9-]+)"', text))
 
 
 def anchor(heading: str) -> str:
