@@ -104,6 +104,8 @@ def _anchors(model) -> dict[str, str]:
 
 
 def _sizes(cells) -> str:
+    if cells.is_meta:  # A model without memory, built to look at its shapes.
+        return f"{len(cells)} anchors"
     return ", ".join(f"{x1 - x0:.0f}x{y1 - y0:.0f}" for x0, y0, x1, y1 in cells.tolist())
 
 
