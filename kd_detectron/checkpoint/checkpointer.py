@@ -4,7 +4,7 @@ A run's checkpoint holds the student under the names that stock Detectron2 gives
 own parameters under ``distillers.``, and the trainer's state; never the teacher. What differs from
 ``DetectionCheckpointer``, each with a test in ``tests/checkpoint/test_checkpointer.py``:
 
-- a file is complete or not there (:mod:`kd_detectron.checkpoint.files`), and a resumed run whose
+- a file is complete or not there (:mod:`kd_detectron.atomic_files`), and a resumed run whose
   last checkpoint cannot be read continues from the one before it, with a warning;
 - weights that are not finite are never written: the last checkpoint is one to go on from;
 - ``.pth`` files are read as tensors only, never as arbitrary Python objects, also with a torch
@@ -29,7 +29,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 from torch import nn
 
-from kd_detectron.checkpoint.files import AtomicPathManager, remove_unfinished_files
+from kd_detectron.atomic_files import AtomicPathManager, remove_unfinished_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TorchvisionHandler,
     convert_torchvision_state,
@@ -127,7 +127,7 @@ class DistillationCheckpointer(DetectionCheckpointer):
             what else the file holds, such as the iteration.
 
         Raises:
-            ConfigError: the file cannot be had or read, or nothing in it fits the model.
+            ConfigError: the file cannot be downloaded or read, or nothing in it fits the model.
         """
         return self._load_as(f"{self.weights_key} '{path}'", path, checkpointables)
 
@@ -202,8 +202,8 @@ class DistillationCheckpointer(DetectionCheckpointer):
             if path.startswith(TorchvisionHandler.PREFIX):
                 url = torchvision_url(path[len(TorchvisionHandler.PREFIX) :])
             raise UnreadableCheckpointError(
-                f"{self._source} could not be had from {url} ({error}): download it by hand and set"
-                f" {self.weights_key} to the file's path"
+                f"{self._source} could not be downloaded from {url} ({error}): download it by hand"
+                f" and set {self.weights_key} to the file's path"
                 + ("" if "TEACHER" in self.weights_key else ", or to '' to train from scratch")
             ) from error
         if os.path.isdir(local):

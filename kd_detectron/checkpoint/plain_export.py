@@ -23,9 +23,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
 from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
-from kd_detectron.checkpoint.files import atomic_open
 from kd_detectron.config import find_config, load_run_config
 from kd_detectron.errors import ConfigError, did_you_mean
 

@@ -34,7 +34,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from torch import nn
 
-from kd_detectron.checkpoint.files import atomic_open
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.checkpoint.plain_export import find_checkpoint, load_plain_student
 from kd_detectron.errors import ConfigError
 

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.runs import files
 
@@ -272,10 +273,11 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     model = build_model(options, len(data.class_names))
     folder.mkdir(parents=True, exist_ok=True)
     config = options.config(len(data.class_names))
-    _write_text(folder / files.CONFIG, yaml.safe_dump(config, sort_keys=False))
+    with atomic_open(folder / files.CONFIG, "w") as file:
+        yaml.safe_dump(config, file, sort_keys=False)
     checkpoint = folder / LAST_CHECKPOINT
     start = _iteration_of(checkpoint) if checkpoint.is_file() else 0
-    _forget_metrics_from(folder, start)
+    files.forget_metrics_from(folder, start)
     run_folder = RunFolder(options, start)
     trainer = lightning.Trainer(
         accelerator=options.accelerator,
@@ -370,19 +372,5 @@ def _iteration_of(checkpoint: Path) -> int:
         ) from error
 
 
-def _forget_metrics_from(folder: Path, start: int) -> None:
-    """Drops the lines that an interrupted run logged after its last checkpoint."""
-    kept = [record for record in files.read_metrics(folder) if record["iteration"] < start]
-    if (folder / files.METRICS).is_file():
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        _write_text(folder / files.METRICS, text)
-
-
 def _count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
