@@ -1,4 +1,4 @@
-"""What the backbones of other libraries share: stages by stride, and Detectron2's own FPN on them.
+"""Shared by the backbones of other libraries: stages by stride, and Detectron2's FPN on them.
 
 A :class:`NetworkBackbone` names its outputs "res2".."res5" as Detectron2 names a ResNet's. Features
 are (N, C, H/stride, W/stride).

@@ -1,4 +1,4 @@
-"""Are the datasets that a config names there, sound, and what the model needs?
+"""Checks that the datasets of a config exist, are well-formed and fit the model.
 
 :func:`check_data` is what training, ``--check`` and LazyConfig training call; it also compares the
 classes of student, datasets and teacher.

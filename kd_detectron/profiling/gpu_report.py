@@ -1,4 +1,4 @@
-"""What this project does and costs on one machine: checks, step times, ways to run the teacher.
+"""Checks and measurements on one machine: does every part work, and what does it cost?
 
 - :func:`method_checks`: steps of every registered distiller on Faster R-CNN, Mask R-CNN and
   RetinaNet, in each precision that the device has.

@@ -78,7 +78,7 @@ def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
                 else:
                     tqdm.write(f"done: {one.run.folder}, {one.shown}")
     finally:
-        # Only after an interrupt are there any: each writes its checkpoint and ends.
+        # Runs are active here only after an interrupt: each writes its checkpoint and ends.
         for one in active:
             one.stop()
         signal.signal(signal.SIGTERM, previous)

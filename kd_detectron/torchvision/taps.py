@@ -1,9 +1,9 @@
 """Taps: read tensors out of the student's own forward pass, so that no student layer runs twice.
 
-:class:`StudentTaps` puts hooks on a torchvision detector for the time of one ``with`` block and
-records what the detector itself computes. What torchvision keeps to itself is read where it passes
-by: the assigned classes at ``select_training_samples``, the sampled anchors at the RPN's sampler,
-both wrapped for the same time. All is taken away when the block ends, also when it fails.
+Inside a ``with`` block, :class:`StudentTaps` has hooks on a torchvision detector and records what
+the detector computes. Two functions are wrapped as well: ``select_training_samples``, which assigns
+the classes, and the RPN's sampler of anchors. Hooks and wrappers are removed when the block ends,
+also after an error.
 
 Legend: N images, R sampled proposals over the whole batch, F foreground ones among them, K
 foreground classes. Everything here is as torchvision has it, background first.
