@@ -182,11 +182,7 @@ def get_config(name: str, opts: Sequence = ()) -> CfgNode:
 
 
 def check_resnet(cfg: CfgNode) -> None:
-    """Refuses keys of ``MODEL.RESNETS`` for which Detectron2 builds no ResNet.
-
-    Raises:
-        ConfigError: naming the key and its value.
-    """
+    """Refuses keys of ``MODEL.RESNETS`` for which Detectron2 builds no ResNet."""
     resnets = cfg.MODEL.RESNETS
     if "resnet" not in cfg.MODEL.BACKBONE.NAME:
         return

@@ -79,9 +79,6 @@ def teacher_cfg_from(
         teacher, weights: ``KD.TEACHER.CONFIG_FILE`` and ``KD.TEACHER.WEIGHTS``, where they are
             not those of ``config_file``.
         opts: KEY VALUE overrides of ``config_file``.
-
-    Raises:
-        ConfigError: no teacher is named.
     """
     if config_file:
         cfg = get_config(config_file, opts)
@@ -144,11 +141,7 @@ def class_count(model: nn.Module) -> int | None:
 
 
 def read_coco(path: str, option: str) -> dict:
-    """Reads a COCO-format file's "images", "annotations" and "categories".
-
-    Raises:
-        ConfigError: it is missing or no such file; ``option`` of the command named it.
-    """
+    """Reads a COCO-format file; ``option`` is the command's option that names it, for errors."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         named = all(isinstance(image["file_name"], str) for image in content["images"])

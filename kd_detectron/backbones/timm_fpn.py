@@ -160,11 +160,7 @@ def _network(cfg: CfgNode, stages: Sequence[str]) -> TimmBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds a timm network with an FPN from ``MODEL.TIMM``, ``MODEL.FPN`` and ``RESNETS.NORM``.
-
-    Raises:
-        ConfigError: a value of these nodes cannot be used, or timm is not installed.
-    """
+    """Builds a timm network with an FPN from ``MODEL.TIMM``, ``MODEL.FPN`` and ``RESNETS.NORM``."""
     return build_network_pyramid(cfg, partial(_network, cfg), retinanet=False)
 
 

@@ -220,9 +220,6 @@ def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
 
     A YAML config's distillers are sized by ``Distiller.from_specs``, a LazyConfig's by its author:
     they are compared with those that ``from_specs`` makes.
-
-    Raises:
-        ConfigError: naming the distiller and the first tensor that differs.
     """
     distillers = getattr(model, "distillers", {})
     entries = model_cfg.get("distillers", ())
@@ -246,11 +243,7 @@ def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
 
 
 def schedule_of(cfg: DictConfig) -> CfgNode:
-    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``.
-
-    Raises:
-        ConfigError: it has another key.
-    """
+    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``."""
     yaml_cfg = get_cfg()
     add_kd_config(yaml_cfg)
     schedule = yaml_cfg.KD.SCHEDULE

@@ -203,11 +203,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluators that a dataset's ``evaluator_type`` asks for, as in Detectron2's own tool.
-
-        Raises:
-            ConfigError: as :func:`evaluator_type`.
-        """
+        """The evaluators that a dataset's ``evaluator_type`` asks for, as in Detectron2's own tool."""
         kind = evaluator_type(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators = []
@@ -234,11 +230,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
 
 
 def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
-    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any.
-
-    Raises:
-        ConfigError: that number is negative.
-    """
+    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any."""
     keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
     if keep < 0:
         raise ConfigError(

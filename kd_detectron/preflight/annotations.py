@@ -72,9 +72,6 @@ def check_coco_files(
         mask_format: ``INPUT.MASK_FORMAT`` of a model that learns masks; None without masks.
         num_keypoints: how many keypoints an object of a keypoint model has; None without keypoints.
         max_corrupt_images: how many images of another size than annotated the training may skip.
-
-    Raises:
-        ConfigError: the first thing found that would not work.
     """
     content = _read_json(name, json_file)
     title = f"{name}: '{absolute(json_file)}'"

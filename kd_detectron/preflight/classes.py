@@ -31,11 +31,7 @@ CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
 def check_dataset_classes(
     cfg: CfgNode, key: str, summary: DatasetSummary, first: DatasetSummary
 ) -> None:
-    """Compares a dataset's classes with the model's number, and with another dataset's classes.
-
-    Raises:
-        ConfigError: the numbers differ, or the names or their order.
-    """
+    """Compares a dataset's classes with the model's number, and with another dataset's classes."""
     if not summary.classes:  # A user's own function that sets no thing_classes.
         return
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -94,9 +90,6 @@ def check_teacher_to_evaluate(
         cfg: the student's whole config.
         summaries: what :func:`kd_detectron.preflight.data.check_data` returned for it.
         model: the teacher.
-
-    Raises:
-        ConfigError: the numbers of classes differ, or a class has another name.
     """
     who = f"the teacher (KD.TEACHER.CONFIG_FILE '{cfg.KD.TEACHER.CONFIG_FILE}')"
     for name in cfg.DATASETS.TEST if summaries else ():
@@ -107,11 +100,7 @@ def check_teacher_to_evaluate(
 
 
 def check_number_of_classes(who: str, model: nn.Module, class_names: Sequence[str]) -> None:
-    """Refuses a model whose number of classes is not the dataset's.
-
-    Raises:
-        ConfigError: naming ``who`` and both numbers.
-    """
+    """Refuses a model whose number of classes is not the dataset's."""
     heads = getattr(model, "roi_heads", model)
     count = getattr(heads, "num_classes", len(class_names))
     if count != len(class_names):

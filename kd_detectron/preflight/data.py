@@ -38,9 +38,6 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSummary]
 
     Returns:
         A summary of each dataset, by name; they are logged. Empty in other processes.
-
-    Raises:
-        ConfigError: the first thing found that would not work.
     """
     summaries = {}
     if comm.is_main_process():
@@ -65,9 +62,6 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSumm
 
     Returns:
         A summary of each dataset, by name, training sets first.
-
-    Raises:
-        ConfigError: the first thing found that would not work.
     """
     register_coco_format(cfg)
     if train and not cfg.DATASETS.TRAIN:

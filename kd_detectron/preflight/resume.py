@@ -58,9 +58,6 @@ def check_same_run(cfg: CfgNode) -> list[str]:
 
     Returns:
         The keys that changed and may, each as one phrase; they are logged.
-
-    Raises:
-        ConfigError: a key differs that makes it another run.
     """
     return _compare_configs(
         cfg.OUTPUT_DIR,

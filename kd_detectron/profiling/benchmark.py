@@ -281,9 +281,6 @@ def run_benchmark(
 
     Returns:
         The report, plain data, as it is written to JSON.
-
-    Raises:
-        ConfigError: the config distils nothing.
     """
     if not (cfg.KD.ENABLED and cfg.KD.DISTILLERS):
         raise ConfigError(

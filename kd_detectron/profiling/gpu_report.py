@@ -187,11 +187,7 @@ def recorded_outputs(modules: Mapping[str, nn.Module]) -> Iterator[list]:
 
 
 def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
-    """``KD.TEACHER.AMP`` runs the teacher of a float32 student in half precision on CUDA only.
-
-    Raises:
-        RuntimeError: its backbone computed in another type.
-    """
+    """``KD.TEACHER.AMP`` runs the teacher of a float32 student in half precision on CUDA only."""
     backbone = model.teacher.model.backbone
     convolution = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     before = model.teacher.amp
@@ -333,9 +329,6 @@ def compare_checkpoints(whole: str, resumed: str) -> None:
 
     The loss scaler's state must be equal. Weights may differ by what CUDA's kernels, which add in
     no fixed order, make of four small steps.
-
-    Raises:
-        RuntimeError: they differ.
     """
     first, second = (torch.load(path, map_location="cpu") for path in (whole, resumed))
     scalers = [checkpoint["trainer"]["_trainer"]["grad_scaler"] for checkpoint in (first, second)]

@@ -141,11 +141,7 @@ def _without_nan(value):
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Whether a run reached its end: ``result.json`` says so, and nothing was trained since.
-
-    Raises:
-        ConfigError: ``result.json`` is unreadable.
-    """
+    """Whether a run reached its end: ``result.json`` says so, and nothing was trained since."""
     result = read_result(folder)
     if not result.get("finished"):
         return False

@@ -49,9 +49,6 @@ def read_anatomy(model: nn.Module, who: str) -> Anatomy:
     Args:
         model: a torchvision Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS.
         who: "student" or "teacher", for messages.
-
-    Raises:
-        ConfigError: the model is another one.
     """
     has_boxes = (
         isinstance(model, GeneralizedRCNN)

@@ -76,11 +76,7 @@ class TrainingOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping) -> "TrainingOptions":
-        """Options from a YAML file's mapping.
-
-        Raises:
-            ConfigError: an unknown key, or a required one is missing.
-        """
+        """Options from a YAML file's mapping."""
         known = [one.name for one in fields(cls)]
         for key in values:
             if key not in known:

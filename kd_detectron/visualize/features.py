@@ -109,9 +109,6 @@ def draw_feature_differences(
 
     Returns:
         The figure: the image, the maps level by level, a colour bar, and two bar charts.
-
-    Raises:
-        ConfigError: as ``compare_features``, or there is no student.
     """
     if not students:
         raise ConfigError("there is no student to compare with the teacher")
