@@ -203,7 +203,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluators that a dataset's ``evaluator_type`` asks for, as in Detectron2's own tool."""
+        """The evaluators of a dataset's ``evaluator_type``, as in Detectron2's own tool."""
         kind = evaluator_type(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators = []
