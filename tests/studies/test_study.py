@@ -11,7 +11,7 @@ import pytest
 from tiny import NUM_CLASSES, tiny_cfg
 
 from kd_detectron.config import config_dir, get_config
-from kd_detectron.data.synthetic import make_synthetic
+from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import read_metrics
 from kd_detectron.runs.run import load_run
@@ -226,7 +226,7 @@ def study_file(tmp_path, monkeypatch):
     cfg = tiny_cfg(
         [
             *("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
-            *("MODEL.ROI_HEADS.NUM_CLASSES", 8),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)),
             *("DATASETS.COCO_FORMAT", [[f"{s}_{tag}", f"{s}.json", s] for s in ("train", "val")]),
             *("DATASETS.TRAIN", (f"train_{tag}",)),
             *("DATASETS.TEST", (f"val_{tag}",)),
