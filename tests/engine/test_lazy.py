@@ -266,7 +266,12 @@ def test_classes_of_the_teacher_in_another_order_are_refused(config_with_data, c
     (tmp_path / "theirs.json").write_text(json.dumps(content))
     entry = [["theirs", str(tmp_path / "theirs.json"), "images"]]
     write_tiny_teacher(tmp_path, ["DATASETS.COCO_FORMAT", entry, "DATASETS.TRAIN", ("theirs",)])
-    words = ["class 0 is 'disc'", "'cross'", "model.teacher.config_file", "model.teacher.opts"]
+    words = [
+        "class 0 is 'disc'",
+        f"'{SYNTHETIC_CLASSES[-1]}'",
+        "model.teacher.config_file",
+        "model.teacher.opts",
+    ]
     refused(capsys, path, [], words)
 
 
