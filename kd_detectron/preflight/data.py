@@ -51,14 +51,7 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSummary]
 
 
 def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSummary]:
-    """Checks the datasets of a config; call it once, before anything is built.
-
-    Registers ``DATASETS.COCO_FORMAT`` first. Warnings (boxes that are dropped, annotations of
-    unknown images) go to the log.
-
-    Args:
-        cfg: a whole config.
-        train: whether ``DATASETS.TRAIN`` will be used; False for evaluation only.
+    """Registers ``DATASETS.COCO_FORMAT`` and checks the datasets, as :func:`check_data` does.
 
     Returns:
         A summary of each dataset, by name, training sets first.

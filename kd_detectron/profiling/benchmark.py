@@ -19,7 +19,6 @@ import ctypes
 import os
 import platform
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 
 import detectron2
+import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode
@@ -298,7 +298,12 @@ def run_benchmark(
         distiller_name: DistillerAlone(distiller, context, autocast)
         for distiller_name, distiller in model.distillers.items()
     }
-    reference = _unfolded_backbone(cfg, batch) if unfolded else {}
+    reference = {}
+    if unfolded:
+        plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
+        reference["teacher backbone, BatchNorm not folded"] = TeacherPart(
+            lambda: plain.features(batch, cfg.INPUT.FORMAT), autocast
+        )
     parts = {
         STUDENT: Step(cfg, batch, distilled=False),
         **teacher,
@@ -338,22 +343,9 @@ def run_benchmark(
     return report
 
 
-def _unfolded_backbone(cfg: CfgNode, batch: list[dict]) -> dict[str, TeacherPart]:
-    plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
-    return {
-        "teacher backbone, BatchNorm not folded": TeacherPart(
-            lambda: plain.features(batch, cfg.INPUT.FORMAT), autocast_options(cfg)
-        )
-    }
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, median, high = (
-        statistics.quantiles(values, n=4, method="inclusive")
-        if len(values) > 1
-        else [values[0]] * 3
-    )
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {"median": median, "low": low, "high": high}
 
 
