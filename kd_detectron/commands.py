@@ -1,4 +1,4 @@
-"""What the commands in ``tools/`` share: ``--import``, exit codes, a mistake as one sentence."""
+"""Shared by the commands in ``tools/``: ``--import``, exit codes, errors in one sentence."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""What ``tools/lazyconfig_train_net.py`` does: trains or evaluates a student from a LazyConfig.
+"""The command ``tools/lazyconfig_train_net.py``: trains or evaluates a LazyConfig's student.
 
 The file defines what Detectron2's own LazyConfigs define: ``model``, ``dataloader``, ``optimizer``,
 ``lr_multiplier``, ``train``. Its model is a distilled meta-architecture with ``teacher`` and

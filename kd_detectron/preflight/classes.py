@@ -1,7 +1,7 @@
-"""Do teacher, student and datasets mean the same classes, in the same order?
+"""Checks that teacher, student and datasets have the same classes in the same order.
 
-Some outputs are compared class by class: with as many classes in another order nothing fails, and
-the student learns the wrong ones.
+Some outputs are compared class by class: with as many classes in another order training runs
+without an error, but the student learns the wrong classes.
 """
 
 import json
@@ -22,7 +22,7 @@ from kd_detectron.modeling.teacher_loading import (
 )
 from kd_detectron.preflight.annotations import DatasetSummary, count_classes
 
-# The NUM_CLASSES of a model that does not say how many it tells apart (some LazyConfigs').
+# Stands for the NUM_CLASSES of a model that has no such attribute (some LazyConfigs').
 UNKNOWN_CLASSES = -1
 # The outputs of a detector that differ from class to class.
 CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
@@ -55,9 +55,7 @@ def check_dataset_classes(
 
 
 def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
-    """Refuses to learn class by class from a teacher of other classes, by their names.
-
-    That is, by distillers of outputs that each class has its own of, or by ``INHERIT``.
+    """Refuses a teacher of other class names where distillers or ``INHERIT`` go class by class.
 
     Args:
         cfg: the student's whole config.

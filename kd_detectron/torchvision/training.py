@@ -79,21 +79,22 @@ class DetectionModule(lightning.LightningModule):
         )
 
     def train_dataloader(self):
-        o, share = self.options, self._share()
-        if o.batch_size % share[1]:
+        options, (rank, world_size) = self.options, self._share()
+        if options.batch_size % world_size:
             raise ConfigError(
-                f"batch_size is {o.batch_size} for {share[1]} processes; give a multiple of them"
+                f"batch_size is {options.batch_size} for {world_size} processes; give a multiple "
+                "of them"
             )
         batches = BatchesByIteration(
             len(self._data[0]),
-            o.batch_size,
-            o.iterations,
-            seed=o.seed,
+            options.batch_size,
+            options.iterations,
+            seed=options.seed,
             start=self._start,
-            rank=share[0],
-            world_size=share[1],
+            rank=rank,
+            world_size=world_size,
         )
-        return train_loader(self._data[0], batches, o.workers)
+        return train_loader(self._data[0], batches, options.workers)
 
     def val_dataloader(self):
         rank, world_size = self._share()
@@ -105,23 +106,20 @@ class DetectionModule(lightning.LightningModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def configure_optimizers(self):
-        o = self.options
+        options = self.options
         optimizer = torch.optim.SGD(
             [p for p in self.parameters() if p.requires_grad],
-            lr=o.learning_rate,
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
         )
 
         def factor(step: int) -> float:
-            warm = min(1.0, 0.001 + 0.999 * step / o.warmup) if o.warmup else 1.0
-            return warm * 0.1 ** bisect_right(sorted(o.steps), step)
+            warm = min(1.0, 0.001 + 0.999 * step / options.warmup) if options.warmup else 1.0
+            return warm * 0.1 ** bisect_right(sorted(options.steps), step)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_train_batch_start(self, batch, batch_idx):
         # Sampled anchors and proposals are a function of seed and iteration, also when resumed.
@@ -193,7 +191,7 @@ class RunFolder(Callback):
         if trainer.global_step % self._options.log_period and not self._is_last(trainer):
             return
         means = {name: value / self._count for name, value in self._sums.items()}
-        total = sum(value for name, value in means.items())
+        total = sum(means.values())
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._write(trainer, iteration, {"total_loss": total, **means, "lr": rate})
         self._sums, self._count = {}, 0
