@@ -86,7 +86,7 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
                 else:
                     tqdm.write(f"done: {one.run.folder}, {one.shown}")
     finally:
-        # Only after an interrupt are there any: each writes its checkpoint and ends.
+        # Runs are active here only after an interrupt: each writes its checkpoint and ends.
         for one in active:
             one.stop()
         signal.signal(signal.SIGTERM, previous)
