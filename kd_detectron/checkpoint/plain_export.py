@@ -1,9 +1,9 @@
 """The student without its distillation: a checkpoint and a config that stock Detectron2 reads.
 
 A distilled run's checkpoint holds the trainer's state and the distillers' parameters, and its
-config holds keys that Detectron2 does not know. :func:`export_student` writes what is left when
-those are taken away, and only after it has built the plain model from the plain config and loaded
-it without a missing and without an unexpected key. ``tests/checkpoint/test_plain_export.py`` does
+config holds keys that Detectron2 does not know. :func:`export_student` writes both without these,
+after it has built the plain model from the plain config and loaded it without a missing or
+unexpected key. ``tests/checkpoint/test_plain_export.py`` does
 so in a process that never imports this project.
 
 Of a run the final checkpoint is exported, ``model_final.pth``, by the training itself as by the
@@ -23,9 +23,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
 from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
-from kd_detectron.checkpoint.files import atomic_open
 from kd_detectron.config import find_config, load_run_config
 from kd_detectron.errors import ConfigError, did_you_mean
 
@@ -149,12 +149,10 @@ def student_config(cfg: CfgNode | str) -> CfgNode:
 
 def plain_meta_architecture(name: str) -> str:
     """The meta-architecture that a distilled one adds distillation to; others are their own."""
-    # Here, since kd_detectron.modeling imports this package.
-    from kd_detectron.modeling.distilled_rcnn import DistillationMixin
-
     registered = dict(META_ARCH_REGISTRY)
     for cls in getattr(registered.get(name), "__mro__", ()):
-        if not issubclass(cls, DistillationMixin) and registered.get(cls.__name__) is cls:
+        # Known by what it adds: kd_detectron.modeling stands above this package.
+        if not hasattr(cls, "distillation_losses") and registered.get(cls.__name__) is cls:
             return cls.__name__
     return name
 

@@ -28,7 +28,7 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that falls back to its running statistics on one value a channel.
+    """Batch normalisation that falls back to its running statistics on one value per channel.
 
     While ``recomputing``, in backward, its running statistics stay as forward left them.
     """

@@ -95,7 +95,7 @@ def in_all(part, **values):
 
 def reversed_classes(content):
     for category in content["categories"]:
-        category["id"] = 9 - category["id"]
+        category["id"] = len(SYNTHETIC_CLASSES) + 1 - category["id"]
 
 
 def other_order_in_the_test_set(case, folder):
@@ -240,9 +240,12 @@ CASES = {
     "untrained teacher": (teacher(SMALL, ""), ["KD.TEACHER.WEIGHTS is empty", "trained teacher"]),
     "teacher's classes": (
         teacher([*SMALL, "MODEL.ROI_HEADS.NUM_CLASSES", 5]),
-        ["MODEL.ROI_HEADS.NUM_CLASSES is 8 for the student and 5 for the teacher"],
+        [f"MODEL.ROI_HEADS.NUM_CLASSES is {CLASSES[1]} for the student and 5 for the teacher"],
     ),
-    "teacher's order": (other_order_of_the_teacher, ["class 0 is 'disc'", "'cross'"]),
+    "teacher's order": (
+        other_order_of_the_teacher,
+        ["class 0 is 'disc'", f"'{SYNTHETIC_CLASSES[-1]}'"],
+    ),
     "teacher's levels": (
         teacher([*RETINANET, "MODEL.META_ARCHITECTURE", "RetinaNet"], distillers=["ReviewKD"]),
         ["KD.TEACHER.CONFIG_FILE", "p2 (stride 4)", "p7 (stride 128)"],
@@ -312,7 +315,10 @@ CASES = {
     "empty boxes": (data(in_all("annotations", bbox=[3, 3, 0, -1])), ["no usable", "without area"]),
     "outside": (data(in_all("annotations", bbox=[900, 3, 5, 5])), ["no usable", "outside"]),
     "category ids": (data(in_all("annotations", category_id=77)), ["category ids 77"]),
-    "class count": (CLASSES[:1] + [9], ["8 classes", "MODEL.ROI_HEADS.NUM_CLASSES is 9", "to 8"]),
+    "class count": (
+        CLASSES[:1] + [9],
+        [f"{CLASSES[1]} classes", "MODEL.ROI_HEADS.NUM_CLASSES is 9", f"to {CLASSES[1]}"],
+    ),
     "class order": (other_order_in_the_test_set, ["DATASETS.TEST 'other_shapes'", "same order"]),
     "images missing": (missing_images, ["all 3 images are not on disk", "/images/"]),
     "malformed": (data(in_all("annotations", bbox=[1, 2])), ["bbox [1, 2]", "width, height"]),
