@@ -26,6 +26,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN
 from torch import nn
 
+from kd_detectron.backbones.pixel_statistics import warn_of_pretrained_statistics
 from kd_detectron.backbones.pyramid import (
     STAGE_STRIDES,
     NetworkBackbone,
@@ -33,7 +34,6 @@ from kd_detectron.backbones.pyramid import (
     check_norm,
 )
 from kd_detectron.errors import ConfigError
-from kd_detectron.preflight.pixel_statistics import warn_of_pretrained_statistics
 
 
 class TimmBackbone(NetworkBackbone):

@@ -149,12 +149,10 @@ def student_config(cfg: CfgNode | str) -> CfgNode:
 
 def plain_meta_architecture(name: str) -> str:
     """The meta-architecture that a distilled one adds distillation to; others are their own."""
-    # Here, since kd_detectron.modeling imports this package.
-    from kd_detectron.modeling.distilled_rcnn import DistillationMixin
-
     registered = dict(META_ARCH_REGISTRY)
     for cls in getattr(registered.get(name), "__mro__", ()):
-        if not issubclass(cls, DistillationMixin) and registered.get(cls.__name__) is cls:
+        # Known by what it adds: kd_detectron.modeling stands above this package.
+        if not hasattr(cls, "distillation_losses") and registered.get(cls.__name__) is cls:
             return cls.__name__
     return name
 

@@ -21,12 +21,12 @@ import torchvision
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import nn
 
-from kd_detectron.errors import ConfigError, did_you_mean
-from kd_detectron.preflight.pixel_statistics import (
+from kd_detectron.backbones.pixel_statistics import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     warn_of_pretrained_statistics,
 )
+from kd_detectron.errors import ConfigError, did_you_mean
 
 # Those that Detectron2's ResNet and this project's MobileNetV2 are.
 TORCHVISION_NETWORKS = (

@@ -1,23 +1,26 @@
 """Warns where images are normalised by a mean and standard deviation that cannot be theirs.
 
 Images in one channel order with the statistics of the other, as in the release of the papers, or
-with those of images in 0..1, train without an error, to some points of AP less. The same holds for
-pretrained weights that saw other statistics. All of it is a warning: own data may have any.
+with those of images in 0..1, train without an error, to some points of AP less. All of it is a
+warning: own data may have any. Those of pretrained weights: ``backbones/pixel_statistics.py``.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from kd_detectron.backbones.pixel_statistics import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    near,
+    rounded,
+)
+
 logger = logging.getLogger(__name__)
 
-IMAGENET_MEAN = {"RGB": (123.675, 116.28, 103.53), "BGR": (103.53, 116.28, 123.675)}
-IMAGENET_STD = {"RGB": (58.395, 57.12, 57.375), "BGR": (57.375, 57.12, 58.395)}
 # Variants in use (Caffe's, rounded ones) are within 2 of these; the two orders are 20 apart.
 MEAN_TOLERANCE = 4.0
 # The two orders are 1 apart.
 STD_TOLERANCE = 0.25
-# How far statistics may be from those of pretrained weights.
-PRETRAINED_TOLERANCE = 1.0
 
 
 def pixel_statistics_warning(
@@ -42,7 +45,7 @@ def pixel_statistics_warning(
         format_key, mean_key, std_key: the config keys of the three.
     """
     faults = []
-    shown = f"{mean_key} {_rounded(mean)} and {std_key} {_rounded(std)} of the {who}"
+    shown = f"{mean_key} {rounded(mean)} and {std_key} {rounded(std)} of the {who}"
     # A mean of 0 with a standard deviation of 1 leaves the images as they are.
     if (any(mean) and max(map(abs, mean)) <= 1) or (len(std) and max(std) < 1):
         faults.append("those of images in 0..1, but images are in 0..255 here")
@@ -62,7 +65,7 @@ def pixel_statistics_warning(
         return None
     right_mean = IMAGENET_MEAN[input_format] if mean_order in IMAGENET_MEAN else mean
     right_std = IMAGENET_STD[input_format] if std_order in IMAGENET_STD else std
-    fix = f"set them to {_rounded(right_mean)} and {_rounded(right_std)}"
+    fix = f"set them to {rounded(right_mean)} and {rounded(right_std)}"
     if in_other_order:
         fix += f", or, if the weights were trained on {other} images, {format_key} to {other}"
     return f"{shown} are {', and '.join(faults)}: {fix}"
@@ -72,18 +75,8 @@ def _imagenets_order(
     values: Sequence[float], imagenets: Mapping[str, Sequence[float]], tolerance: float
 ) -> str | None:
     """The channel order in which these are ImageNet's statistics, if they are."""
-    near = [order for order, expected in imagenets.items() if _near(values, expected, tolerance)]
-    return near[0] if near else None
-
-
-def _near(values: Sequence[float], expected: Sequence[float], tolerance: float) -> bool:
-    return len(values) == len(expected) and all(
-        abs(a - b) <= tolerance for a, b in zip(values, expected, strict=True)
-    )
-
-
-def _rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 3) for value in values]
+    orders = [order for order, expected in imagenets.items() if near(values, expected, tolerance)]
+    return orders[0] if orders else None
 
 
 def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
@@ -128,35 +121,3 @@ def _statistics_of(model) -> tuple[list[float], list[float]]:
     values = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
     mean, std = ([] if value is None else value.flatten().tolist() for value in values)
     return mean, std
-
-
-def warn_of_pretrained_statistics(
-    source: str,
-    trained_mean: Sequence[float],
-    trained_std: Sequence[float],
-    *,
-    input_format: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
-    """Logs if images are not normalised as those that pretrained weights have seen.
-
-    Args:
-        source: where the weights come from, as the warning names it.
-        trained_mean, trained_std: statistics of the weights' images in 0..255, in RGB order; empty
-            where they are not known.
-        input_format: "BGR" or "RGB", the order of the student's images.
-        mean, std: the student's ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD``.
-    """
-    order = slice(None, None, -1 if input_format == "BGR" else 1)
-    for key, trained, own in (("MEAN", trained_mean, mean), ("STD", trained_std, std)):
-        expected = list(trained)[order]
-        if expected and not _near(expected, own, PRETRAINED_TOLERANCE):
-            logger.warning(
-                "%s was trained with MODEL.PIXEL_%s %s (for INPUT.FORMAT %s), but it is %s",
-                source,
-                key,
-                _rounded(expected),
-                input_format,
-                _rounded(own),
-            )

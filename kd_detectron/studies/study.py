@@ -18,7 +18,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from kd_detectron.commands import FAILED_EXIT_CODE, INTERRUPTED_EXIT_CODE, USER_ERROR_EXIT_CODE
+from kd_detectron.commands import (
+    FAILED_EXIT_CODE,
+    INTERRUPTED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
+    add_import_option,
+    import_user_code,
+)
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import is_finished, read_metrics
 from kd_detectron.studies.expected import outside_expected, write_expected
@@ -26,7 +32,7 @@ from kd_detectron.studies.report import TEACHER, write_report
 from kd_detectron.studies.study_file import Study, StudyRun, load_study
 
 # glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
-# time on the CPU (docs/performance.md).
+# time on the CPU (docs/benchmarking.md).
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -34,12 +40,13 @@ KEEP_FREED_MEMORY = {
 }
 
 
-def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
+def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[StudyRun]:
     """Runs what is not finished yet; returns the runs that failed.
 
     Args:
         study: the runs, in the order in which they start.
         jobs: how many runs go at a time; the machine's cores are shared out among them.
+        imports: what each training is given as ``--import``.
 
     Raises:
         KeyboardInterrupt: the current runs wrote their checkpoints; the same command goes on.
@@ -59,7 +66,8 @@ def run_study(study: Study, jobs: int = 1) -> list[StudyRun]:
                 number = study.runs.index(run) + 1
                 left = _time_left(started, done_before, done, total)
                 tqdm.write(f"[{number}/{len(study.runs)}] {run.folder}{left}")
-                active.append(_ActiveRun(run, threads=max(1, (os.cpu_count() or 1) // jobs)))
+                threads = max(1, (os.cpu_count() or 1) // jobs)
+                active.append(_ActiveRun(run, threads, imports))
             time.sleep(1)
             for one in list(active):
                 code = one.poll()
@@ -108,14 +116,16 @@ class _ActiveRun:
     Args:
         run: what to train; its folder is made.
         threads: its OpenMP threads, where the environment does not say how many.
+        imports: the user's files or modules that it imports first.
     """
 
-    def __init__(self, run: StudyRun, threads: int):
+    def __init__(self, run: StudyRun, threads: int, imports: Sequence[str] = ()):
         self.run = run
         run.folder.mkdir(parents=True, exist_ok=True)
         command = [
             *(sys.executable, "-m", "kd_detectron.engine.main"),
             *("--config-file", run.config, "--resume"),
+            *(argument for name in imports for argument in ("--import", name)),
             *run.opts,
             *("OUTPUT_DIR", str(run.folder)),
         ]
@@ -198,10 +208,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--write-expected", metavar="FILE", help="record the APs as ranges for later studies"
     )
+    add_import_option(parser)
     args = parser.parse_args(argv)
     try:
+        for name in args.imports:
+            import_user_code(name)
         study = load_study(args.study, args.output)
-        failed = run_study(study, jobs=args.jobs)
+        failed = run_study(study, args.jobs, args.imports)
         report(study)
         if args.write_expected:
             write_expected(args.write_expected, study.finished_runs())

@@ -23,7 +23,7 @@ def test_both_training_and_check_look_at_class_and_channel_order(tmp_path, capfd
     data = make_synthetic(tmp_path / "data", 2, 1, image_size=(64, 64))
     content = json.loads((data / "train.json").read_text())
     for category in content["categories"]:
-        category["id"] = 9 - category["id"]
+        category["id"] = len(SYNTHETIC_CLASSES) + 1 - category["id"]
     (data / "reversed.json").write_text(json.dumps(content))
     name, opts = f"train_{tmp_path.name}", ["MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)]
     cfg = distilled_cfg(

@@ -12,6 +12,7 @@ from tiny import NUM_CLASSES, tiny_cfg
 
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
+from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import read_metrics
 from kd_detectron.runs.run import load_run
@@ -336,3 +337,35 @@ def test_runs_go_side_by_side_and_students_wait_for_their_teacher(tmp_path, stud
         "early",
     ]
     assert len({os.path.getmtime(f) for f in (tmp_path / "out").rglob("result.json")}) == 3
+
+
+def test_own_distiller_is_imported_to_read_the_study_and_in_each_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(DISTILLER_REGISTRY, "_obj_map", dict(DISTILLER_REGISTRY._obj_map))
+    code = tmp_path / "a_distiller_of_a_study.py"
+    code.write_text(
+        "from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller\n"
+        "@DISTILLER_REGISTRY.register()\n"
+        "class OfAStudy(Distiller):\n"
+        "    def __init__(self, *, factor: float = 1.0):\n"
+        "        super().__init__()\n"
+    )
+    file = tmp_path / "study.yaml"
+    opts = ["KD.DISTILLERS", "['OfAStudy']", "KD.OFASTUDY.FACTOR", 2.0]
+    run = {"name": "a", "config": "demo/ckd_reviewkd.yaml", "opts": opts}
+    file.write_text(json.dumps({"output": str(tmp_path / "out"), "runs": [run]}))
+    assert studies.main([str(file)]) == 2  # there is no node KD.OFASTUDY
+    started = []
+
+    class Process:
+        def __init__(self, command, **options):
+            started.append(command)
+
+        def poll(self):
+            return 1
+
+    monkeypatch.setattr(studies.subprocess, "Popen", Process)
+    assert studies.main([str(file), "--import", str(code)]) == 1
+    (command,) = started
+    assert command[command.index("--import") + 1] == str(code)
+    # Options go before KEY VALUE overrides.
+    assert command.index("--import") < command.index("KD.DISTILLERS")
