@@ -162,8 +162,13 @@ CHECKPOINTS = {
     "missing": lambda file: None,
     "code": lambda file: torch.save({"model": {"a": torch.zeros(1)}, "x": RunsCode()}, file),
     "other": lambda file: torch.save({"nothing.weight": torch.zeros(3)}, file),
+    # Of the box predictor alone, its weight in another shape.
     "half": lambda file: torch.save(
-        {f"roi_heads.box_predictor.cls_score.{x}": torch.zeros(9) for x in ("bias", "weight")}, file
+        {
+            f"roi_heads.box_predictor.cls_score.{name}": torch.zeros(CLASSES[1] + 1)
+            for name in ("bias", "weight")
+        },
+        file,
     ),
     "width": lambda file: torch.save(mobilenet_v2(width_mult=0.25).state_dict(), file),
 }
