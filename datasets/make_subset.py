@@ -14,7 +14,7 @@ import random
 import sys
 from pathlib import Path
 
-from kd_detectron.checkpoint.files import atomic_open
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
 

@@ -17,7 +17,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_detectron.checkpoint.files import atomic_open
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.preflight.annotations import image_size

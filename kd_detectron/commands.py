@@ -1,4 +1,4 @@
-"""What the commands in ``tools/`` share: ``--import``, exit codes, a mistake as one sentence."""
+"""Shared by the commands in ``tools/``: ``--import``, exit codes, errors in one sentence."""
 
 import argparse
 import contextlib
@@ -10,9 +10,8 @@ from pathlib import Path
 
 from kd_detectron.errors import ConfigError
 
-# What a cluster's scheduler may decide by.
 # A run failed for a reason that a restart alone does not mend: a loss that is not finite, a full
-# disk, a corrupt image. What it had learnt until its last checkpoint is kept.
+# disk, a corrupt image. Its last checkpoint is kept.
 FAILED_EXIT_CODE = 1
 # The user's mistake, said in one sentence; nothing was trained.
 USER_ERROR_EXIT_CODE = 2

@@ -1,10 +1,10 @@
 """The ``KD`` config node, and finding and reading configs by bare name.
 
-Everything that a distilled training needs beyond Detectron2's own config stands here, with the
-meaning of each key beside it. Every registered distiller has a node ``KD.<NAME IN CAPITALS>``:
-``WEIGHT`` (by default the class's ``default_weight``) multiplies its losses, every other key is a
-keyword-only parameter of its constructor, with the same default. A distiller of the user's is
-registered, e.g. by ``--import FILE``, before its config is read.
+This file defines all keys that this project adds to Detectron2's config, each with its meaning.
+Every registered distiller has a node ``KD.<NAME IN CAPITALS>``: ``WEIGHT`` (by default the class's
+``default_weight``) multiplies its losses, every other key is a keyword-only parameter of its
+constructor, with the same default. A user's own distiller must be registered before its config is
+read, e.g. by ``--import FILE``.
 
 Configs are found as a path, or by bare name among the files of ``configs/``, from any directory and
 also when the package is installed.
@@ -182,11 +182,7 @@ def get_config(name: str, opts: Sequence = ()) -> CfgNode:
 
 
 def check_resnet(cfg: CfgNode) -> None:
-    """Refuses keys of ``MODEL.RESNETS`` for which Detectron2 builds no ResNet.
-
-    Raises:
-        ConfigError: naming the key and its value.
-    """
+    """Refuses keys of ``MODEL.RESNETS`` for which Detectron2 builds no ResNet."""
     resnets = cfg.MODEL.RESNETS
     if "resnet" not in cfg.MODEL.BACKBONE.NAME:
         return

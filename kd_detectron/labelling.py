@@ -1,12 +1,12 @@
-"""A teacher labels images that nobody has labelled, into a COCO-format file to train on.
+"""Labels unlabelled images with a trained teacher, as a COCO-format file to train on.
 
 :func:`label_images` runs a detector over a list of images and writes its detections above a score
 threshold as annotations: boxes, and masks (RLE) where the detector has a mask head, each with its
 score. The images are resized and ordered in channels as the teacher was trained to see them.
 
-Each labelled image is one line of ``<output>.partial`` until all are done, so that an interrupted
-run goes on where it stopped; the output itself appears complete or not at all. Images that cannot
-be read are named and left out. ``tools/label_images.py`` is the command.
+Until all images are done, each is one line of ``<output>.partial``, from which an interrupted run
+goes on. Images that cannot be read are reported and left out. ``tools/label_images.py`` is the
+command.
 """
 
 import json
@@ -50,7 +50,7 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 @dataclass(frozen=True)
 class Labeller:
-    """A teacher and how it sees an image.
+    """A teacher and how images are prepared for it.
 
     Attributes:
         model: the detector, in eval mode.
@@ -79,9 +79,6 @@ def teacher_cfg_from(
         teacher, weights: ``KD.TEACHER.CONFIG_FILE`` and ``KD.TEACHER.WEIGHTS``, where they are
             not those of ``config_file``.
         opts: KEY VALUE overrides of ``config_file``.
-
-    Raises:
-        ConfigError: no teacher is named.
     """
     if config_file:
         cfg = get_config(config_file, opts)
@@ -144,11 +141,7 @@ def class_count(model: nn.Module) -> int | None:
 
 
 def read_coco(path: str, option: str) -> dict:
-    """Reads a COCO-format file's "images", "annotations" and "categories".
-
-    Raises:
-        ConfigError: it is missing or no such file; ``option`` of the command named it.
-    """
+    """Reads a COCO-format file; ``option`` is the command's option that names it, for errors."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         named = all(isinstance(image["file_name"], str) for image in content["images"])
@@ -314,11 +307,11 @@ def label_images(
 
     Args:
         labeller: the teacher.
-        images: as :func:`find_images` gives them.
+        images: as :func:`find_images` returns them.
         output: the file to write; ``<output>.partial`` beside it until it is complete.
-        categories: as :func:`categories_of` gives them.
+        categories: as :func:`categories_of` returns them.
         thresholds: lowest score of a label, by class name.
-        source: what the teacher is, for the file's "info" and to know a run again.
+        source: names the teacher, for the file's "info" and to recognise an interrupted run.
         batch_size: images that the teacher sees at once.
         workers: processes that read images; 0 reads in this one.
         progress: show a progress bar.
@@ -377,7 +370,7 @@ def label_images(
 
 
 class _Reader:
-    """Reads an image as the teacher sees it; one that cannot be read becomes its reason."""
+    """Reads and resizes an image; for one that cannot be read it returns the reason."""
 
     def __init__(self, input_format: str, resize: AugmentationList):
         self._input_format = input_format
@@ -390,9 +383,11 @@ class _Reader:
         except Exception as error:  # Any error of any decoder.
             return record | {"skipped": f"{type(error).__name__}: {error}"}
         record |= {"height": pixels.shape[0], "width": pixels.shape[1]}
-        seen = AugInput(pixels)
-        self._resize(seen)
-        return record | {"image": torch.as_tensor(seen.image.astype("float32").transpose(2, 0, 1))}
+        resized = AugInput(pixels)
+        self._resize(resized)
+        return record | {
+            "image": torch.as_tensor(resized.image.astype("float32").transpose(2, 0, 1))
+        }
 
 
 def _label_batch(
@@ -413,7 +408,7 @@ def _label_batch(
         ]
         del record["image"]
     for record in readable:
-        # A mask without a pixel is no object that can be learnt.
+        # Masks without a pixel cannot be trained on.
         record["annotations"] = [each for each in record["annotations"] if each["area"] > 0]
     return batch
 

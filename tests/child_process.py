@@ -23,7 +23,7 @@ def train(
             the system says that the disk is full.
         environment: variables to set, such as those by which torchrun names a process.
     """
-    from kd_detectron.checkpoint import files
+    from kd_detectron import atomic_files
     from kd_detectron.engine.main import main
 
     os.environ.update(environment)
@@ -32,9 +32,9 @@ def train(
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
     if killed_after is not None:
-        files.open = LastWords(killed_after)
+        atomic_files.open = LastWords(killed_after)
     if disk_full_from is not None:
-        files.open = FullDisk(disk_full_from)
+        atomic_files.open = FullDisk(disk_full_from)
     sys.exit(main(list(argv)))
 
 

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 
 # Each part may import those of the lines above its own.
 LAYERS = (
-    ("errors",),
+    ("errors", "atomic_files"),
     ("commands", "context", "losses", "data", "backbones"),
     ("distillers", "runs"),
     ("config",),
@@ -25,6 +25,7 @@ LAYERS = (
 )
 WITHOUT_DETECTRON2 = (
     "errors",
+    "atomic_files",
     "commands",
     "context",
     "losses",

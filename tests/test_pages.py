@@ -131,3 +131,14 @@ def test_method_of_the_page_trains_has_its_options_as_keys_and_refuses_a_wrong_o
         "True True",
         "KD.HINT.LEVEL is 'p9'; the student has p2, p3, p4, p5, p6",
     ]
+
+
+# ---- docs/differences.md ----
+
+
+def test_program_of_the_differences_page_prints_the_cosines_that_the_page_states(capsys):
+    exec(code("differences.md", "columns_first"), {})
+    printed = [float(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+    page = " ".join((DOCS / "differences.md").read_text("utf-8").split())
+    stated = re.search(r"cosine is ([\d.]+) at scale 1, ([\d.]+) at 5 and ([\d.]+) at 10", page)
+    assert printed == pytest.approx([float(number) for number in stated.groups()], abs=0.002)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: synthetic data, a teacher, the baseline, the student with CKD + ReviewKD.
+"""The demo: synthetic data, a teacher, the baseline, the student distilled and by the recipe.
 
 tools/demo.py [--output output/demo]
 

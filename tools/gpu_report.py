@@ -13,11 +13,12 @@ import argparse
 import sys
 import tempfile
 
+import torch
 from detectron2.utils.collect_env import collect_env_info
 
 from kd_detectron.commands import add_import_option, exit_code, import_user_code
 from kd_detectron.profiling import gpu_report
-from kd_detectron.profiling.report import compare_reports, format_report
+from kd_detectron.profiling.report import compare_reports, format_report, save_report
 
 PARTS = ("checks", "tables", "teacher")
 
@@ -52,7 +53,7 @@ def report(args: argparse.Namespace) -> bool:
     """Runs what was asked for; returns whether no check failed."""
     for name in args.imports:
         import_user_code(name)
-    device = gpu_report.default_device()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     small = args.small or device == "cpu"
     shape = {
         "device": device,
@@ -69,7 +70,7 @@ def report(args: argparse.Namespace) -> bool:
         # After each part, so that an interrupted report keeps what it has.
         content[key] = value
         if args.output:
-            gpu_report.save(content, args.output)
+            save_report(content, args.output)
 
     checks = []
     if "checks" in args.parts:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How hard each distillation loss pulls at the student, against the detection losses.
+"""Gradient norms of each distillation loss, compared with those of the detection losses.
 
 tools/gradient_norms.py --config-file NAME [MODEL.WEIGHTS RUN/model_final.pth]
 """

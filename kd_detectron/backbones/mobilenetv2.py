@@ -51,9 +51,6 @@ class MobileNetV2(Backbone):
             out_features: the stages to return, of "res2".."res5"; later layers are not built.
             freeze_at: stages to freeze, counted as for ResNet: 1 the layers before stride 4,
                 2 also res2, ... 5 everything.
-
-        Raises:
-            ConfigError: ``norm`` or ``width_mult`` cannot be used.
         """
         super().__init__()
         check_norm(norm)
@@ -108,11 +105,7 @@ def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
 
 @BACKBONE_REGISTRY.register()
 def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds MobileNetV2 with an FPN from ``MODEL.MOBILENETV2``, ``RESNETS.NORM`` and ``FPN``.
-
-    Raises:
-        ConfigError: a value of these nodes cannot be used.
-    """
+    """Builds MobileNetV2 with an FPN from ``MODEL.MOBILENETV2``, ``RESNETS.NORM`` and ``FPN``."""
     return _build(cfg, retinanet=False)
 
 

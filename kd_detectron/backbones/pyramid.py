@@ -1,4 +1,4 @@
-"""What the backbones of other libraries share: stages by stride, and Detectron2's own FPN on them.
+"""Shared by the backbones of other libraries: stages by stride, and Detectron2's FPN on them.
 
 A :class:`NetworkBackbone` names its outputs "res2".."res5" as Detectron2 names a ResNet's. Features
 are (N, C, H/stride, W/stride).
@@ -121,11 +121,7 @@ def pyramid_stages(cfg: CfgNode) -> list[str]:
 def build_network_pyramid(
     cfg: CfgNode, build: Callable[[list[str]], NetworkBackbone], *, retinanet: bool
 ) -> FPN:
-    """Builds a network of another library, given the stages that the FPN reads, and its FPN.
-
-    Raises:
-        ConfigError: a value of the config cannot be used.
-    """
+    """Builds a network of another library, given the stages that the FPN reads, and its FPN."""
     check_three_channels(cfg)
     check_not_frozen(cfg)
     stages = pyramid_stages(cfg)

@@ -7,11 +7,11 @@ on a small blank image when it is built. timm is optional (``pip install kd_dete
 imported only when such a backbone is built.
 
 Images (N, 3, H, W), features (N, C, H/stride, W/stride). timm's networks were trained on RGB images
-with their own mean and std; a config that normalises otherwise is warned of. timm's weights are
-read when the model is built, and not where ``MODEL.WEIGHTS`` names a checkpoint that replaces them
-(evaluation, fine-tuning). ``MODEL.RESNETS.NORM`` holds here too: "FrozenBN" freezes the network's
-BatchNorm layers, "BN" trains them, "SyncBN" does so over all GPUs. ``MODEL.BACKBONE.FREEZE_AT`` has
-no common meaning for timm's networks and must be 0. Tests: ``tests/backbones/test_timm_fpn.py``.
+with their own mean and std; where a config normalises otherwise, a warning is logged. timm's
+weights are read when the model is built, but not where ``MODEL.WEIGHTS`` names a checkpoint that
+replaces them (evaluation, fine-tuning). ``MODEL.RESNETS.NORM`` holds here too: "FrozenBN" freezes
+the network's BatchNorm layers, "BN" trains them, "SyncBN" does so over all GPUs.
+``MODEL.BACKBONE.FREEZE_AT`` has no meaning for timm's networks and must be 0.
 """
 
 import difflib
@@ -160,11 +160,7 @@ def _network(cfg: CfgNode, stages: Sequence[str]) -> TimmBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds a timm network with an FPN from ``MODEL.TIMM``, ``MODEL.FPN`` and ``RESNETS.NORM``.
-
-    Raises:
-        ConfigError: a value of these nodes cannot be used, or timm is not installed.
-    """
+    """Builds a timm network with an FPN from ``MODEL.TIMM``, ``MODEL.FPN`` and ``RESNETS.NORM``."""
     return build_network_pyramid(cfg, partial(_network, cfg), retinanet=False)
 
 

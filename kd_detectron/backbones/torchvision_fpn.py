@@ -148,11 +148,7 @@ def _network(cfg: CfgNode, stages: Sequence[str]) -> TorchvisionBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds a torchvision network with an FPN from ``MODEL.TORCHVISION``, ``FPN`` and the norm.
-
-    Raises:
-        ConfigError: a value of these nodes cannot be used.
-    """
+    """Builds a torchvision network with an FPN from ``MODEL.TORCHVISION``, ``FPN`` and the norm."""
     return build_network_pyramid(cfg, partial(_network, cfg), retinanet=False)
 
 

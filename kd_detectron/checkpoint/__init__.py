@@ -3,12 +3,12 @@
 Importing this package registers ``torchvision://`` with Detectron2's PathManager.
 """
 
+from kd_detectron.atomic_files import CheckpointWriteError, atomic_open, remove_unfinished_files
 from kd_detectron.checkpoint.checkpointer import (
     DistillationCheckpointer,
     UnreadableCheckpointError,
     refuse_misfit,
 )
-from kd_detectron.checkpoint.files import CheckpointWriteError, atomic_open, remove_unfinished_files
 from kd_detectron.checkpoint.plain_export import (
     ExportedStudent,
     export_student,

@@ -1,17 +1,17 @@
-"""Saving and loading a distillation run: Detectron2's checkpointer, with the failures covered.
+"""Saving and loading the checkpoints of a run: Detectron2's checkpointer, with better errors.
 
 A run's checkpoint holds the student under the names that stock Detectron2 gives it, the distillers'
 own parameters under ``distillers.``, and the trainer's state; never the teacher. What differs from
 ``DetectionCheckpointer``, each with a test in ``tests/checkpoint/test_checkpointer.py``:
 
-- a file is complete or not there (:mod:`kd_detectron.checkpoint.files`), and a resumed run whose
+- a file is complete or not there (:mod:`kd_detectron.atomic_files`), and a resumed run whose
   last checkpoint cannot be read continues from the one before it, with a warning;
-- weights that are not finite are never written: the last checkpoint is one to go on from;
-- ``.pth`` files are read as tensors only, never as arbitrary Python objects, also with a torch
-  that would still unpickle them; ``.pkl`` is Detectron2's own zoo format and read as it does;
+- weights that are not finite are never written, so that a run can be resumed from its last one;
+- ``.pth`` files are read as tensors only (``weights_only``), never as arbitrary Python objects;
+  ``.pkl``, the format of Detectron2's model zoo, is read as Detectron2 does;
 - what cannot be loaded is one sentence with the config key, the path and the fix;
-- ``distillers.*`` of a distilled run are nothing to complain of in a model without distillers, nor
-  their absence in an ordinary Detectron2 checkpoint;
+- a model without distillers ignores the ``distillers.*`` of a distilled run's checkpoint, and a
+  distilled model does not ask for them in an ordinary Detectron2 checkpoint;
 - torchvision's networks load by name or file (:mod:`kd_detectron.checkpoint.torchvision_weights`).
 """
 
@@ -29,7 +29,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from fvcore.common.checkpoint import _filter_reused_missing_keys, _IncompatibleKeys
 from torch import nn
 
-from kd_detectron.checkpoint.files import AtomicPathManager, remove_unfinished_files
+from kd_detectron.atomic_files import AtomicPathManager, remove_unfinished_files
 from kd_detectron.checkpoint.torchvision_weights import (
     TorchvisionHandler,
     convert_torchvision_state,
@@ -49,7 +49,7 @@ class UnreadableCheckpointError(ConfigError):
 
 
 class DistillationCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer with atomic saves, safe loads and errors for people.
+    """Detectron2's checkpointer with atomic saves, safe loads and errors in one sentence.
 
     Attributes:
         incompatible: what the last load could not match: a named tuple of ``missing_keys``,
@@ -83,7 +83,7 @@ class DistillationCheckpointer(DetectionCheckpointer):
         self.saved_weights: Callable[[], AbstractContextManager] = nullcontext
         self._tag_last = True
         self._source = weights_key
-        # Of a run there is one writer: what is unfinished here is a killed one's.
+        # One process writes a run's folder, so unfinished files are those of a killed one.
         if save_dir and self.save_to_disk and checkpointables:
             remove_unfinished_files(save_dir)
 
@@ -127,7 +127,7 @@ class DistillationCheckpointer(DetectionCheckpointer):
             what else the file holds, such as the iteration.
 
         Raises:
-            ConfigError: the file cannot be had or read, or nothing in it fits the model.
+            ConfigError: the file cannot be downloaded or read, or nothing in it fits the model.
         """
         return self._load_as(f"{self.weights_key} '{path}'", path, checkpointables)
 
@@ -202,8 +202,8 @@ class DistillationCheckpointer(DetectionCheckpointer):
             if path.startswith(TorchvisionHandler.PREFIX):
                 url = torchvision_url(path[len(TorchvisionHandler.PREFIX) :])
             raise UnreadableCheckpointError(
-                f"{self._source} could not be had from {url} ({error}): download it by hand and set"
-                f" {self.weights_key} to the file's path"
+                f"{self._source} could not be downloaded from {url} ({error}): download it by hand"
+                f" and set {self.weights_key} to the file's path"
                 + ("" if "TEACHER" in self.weights_key else ", or to '' to train from scratch")
             ) from error
         if os.path.isdir(local):

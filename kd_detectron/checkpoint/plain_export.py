@@ -1,9 +1,9 @@
 """The student without its distillation: a checkpoint and a config that stock Detectron2 reads.
 
 A distilled run's checkpoint holds the trainer's state and the distillers' parameters, and its
-config holds keys that Detectron2 does not know. :func:`export_student` writes what is left when
-those are taken away, and only after it has built the plain model from the plain config and loaded
-it without a missing and without an unexpected key. ``tests/checkpoint/test_plain_export.py`` does
+config holds keys that Detectron2 does not know. :func:`export_student` writes both without these,
+after it has built the plain model from the plain config and loaded it without a missing or
+unexpected key. ``tests/checkpoint/test_plain_export.py`` does
 so in a process that never imports this project.
 
 Of a run the final checkpoint is exported, ``model_final.pth``, by the training itself as by the
@@ -23,9 +23,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.backbones import BACKBONE_NODES, add_backbone_config
 from kd_detectron.checkpoint.checkpointer import DistillationCheckpointer, refuse_misfit
-from kd_detectron.checkpoint.files import atomic_open
 from kd_detectron.config import find_config, load_run_config
 from kd_detectron.errors import ConfigError, did_you_mean
 

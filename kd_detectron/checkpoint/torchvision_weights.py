@@ -5,13 +5,12 @@ that torchvision gives, and downloaded and cached by Detectron2's PathManager. A
 torchvision's layout, from there or from a local file, is renamed when it is loaded: ResNets to
 Detectron2's ``ResNet``, MobileNetV2 to :class:`kd_detectron.backbones.MobileNetV2`, under the
 prefix that the model has; any network to :class:`kd_detectron.backbones.TorchvisionBackbone`,
-which keeps torchvision's names. The classifier is dropped. Without a version, IMAGENET1K_V1 is
-meant: what the papers started from.
+which keeps torchvision's names. The classifier is dropped. The default version is IMAGENET1K_V1,
+which the papers start from.
 
-Two things that fit by shape and would silently be wrong are checked: blocks of a deeper ResNet left
-over, and Detectron2's default of the stride in the 1x1 convolution (torchvision has it in the 3x3;
-``STRIDE_IN_1X1`` must be False). Test that pins it: ``test_converted_resnet_gives_torchvision_
-activations`` in ``tests/test_torchvision_weights.py``.
+Two mistakes that load without error are refused: a file of a deeper ResNet, and Detectron2's
+default of the stride in the 1x1 convolution (torchvision has it in the 3x3; ``STRIDE_IN_1X1`` must
+be False). Tests: ``tests/checkpoint/test_torchvision_weights.py``.
 """
 
 import re

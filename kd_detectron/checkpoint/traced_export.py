@@ -5,11 +5,9 @@ size; what the file returns is compared with what the model returns on that imag
 this project trace: Faster, Mask and RetinaNet, also on the added backbones
 (``tests/checkpoint/test_traced_export.py``).
 
-What is not written here, as tried with torch 2.14. Several images at once: the same adapter traces
-any fixed number of them, of different sizes too, with the model's detections in both formats.
-Test-time augmentation: ``GeneralizedRCNNWithTTA`` traces without an error, but the result detects
-something else than the model (93 objects for 83), since images are resized in numpy, which the
-tracer does not see.
+Test-time augmentation cannot be exported: ``GeneralizedRCNNWithTTA`` traces without an error, but
+the result detects other objects than the model, since images are resized in numpy, which the tracer
+does not see.
 
 Both files take one image, (3, H, W) float, 0 to 255, resized, in ``INPUT.FORMAT``'s channel order,
 and return the fields of Detectron2's ``Instances`` in alphabetical order, then the image size (H,
@@ -34,7 +32,7 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Instances
 from torch import nn
 
-from kd_detectron.checkpoint.files import atomic_open
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.checkpoint.plain_export import find_checkpoint, load_plain_student
 from kd_detectron.errors import ConfigError
 

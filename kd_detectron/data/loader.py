@@ -1,7 +1,7 @@
 """A training loader whose batch of iteration i depends on nothing but seed, ranks and i.
 
-Detectron2's loader answers neither "what would batch 90000 be" nor gives the same augmentation for
-another number of workers, so that a resumed run sees other data than an uninterrupted one. Here:
+With Detectron2's loader a resumed run sees other images, and other augmentations, than an
+uninterrupted one. Here:
 
 1. Detectron2's own sampler gives the endless stream of dataset indices; every element has a
    position in it, the same for any number of processes. Rank r of W takes positions r, r+W, ...

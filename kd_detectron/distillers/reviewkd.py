@@ -28,7 +28,7 @@ from .base import DISTILLER_REGISTRY, Distiller
 
 
 class _BatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation that falls back to its running statistics on one value a channel.
+    """Batch normalisation that falls back to its running statistics on one value per channel.
 
     While ``recomputing``, in backward, its running statistics stay as forward left them.
     """
@@ -179,7 +179,7 @@ class ReviewKD(Distiller):
         for fusion, feature in zip(reversed(self.fusions), reversed(features), strict=True):
             if not torch.is_autocast_enabled(feature.device.type):
                 # float32 layers take 1.5 times as long on channels-last maps, which a bf16 student
-                # on the CPU has (docs/performance.md).
+                # on the CPU has (docs/performance_log.md).
                 feature = feature.float().contiguous()
             reduced = self._part(fusion.reduce, feature)
             running = reduced if running is None else self._part(fusion.mix, reduced, running)

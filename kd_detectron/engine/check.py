@@ -15,11 +15,7 @@ from .trainer import DistillationTrainer, student_parameters, unwrap
 
 
 def check(cfg: CfgNode) -> None:
-    """Validates a config in seconds: data, teacher, student, one step; prints what it found.
-
-    Raises:
-        ConfigError: the first thing that would stop the training.
-    """
+    """Validates a config in seconds: data, teacher, student, one step; prints what it found."""
     for summary in check_data(cfg).values():
         print(f"data     {summary}")
     if cfg.KD.ENABLED and cfg.KD.TEACHER.INHERIT:

@@ -4,7 +4,7 @@
   so that a resumed run follows the uninterrupted one with nothing to store.
 - :class:`LossHistory`: the running medians of the losses go on over a resume.
 - :class:`DistillationSchedule`: warm-up, decay and stop of all distillation weights.
-- :class:`TeacherGuard`: the teacher's weights are the same at the end as at the start.
+- :class:`TeacherGuard`: checks that training did not change the teacher.
 - :class:`KeepBest`: ``model_best.pth``.
 - :class:`ExportStudent`: ``student_final.pth`` for plain Detectron2.
 - :class:`WriteResult`: ``result.json``, what result tables read.
@@ -137,7 +137,7 @@ class LossHistory(HookBase):
 
 
 class TeacherGuard(HookBase):
-    """Stops a run whose teacher changed: the numbers would not mean what the config says."""
+    """Raises an error at the end of a training that changed the teacher's weights or buffers."""
 
     def __init__(self, teacher):
         self._teacher = teacher
@@ -157,9 +157,9 @@ class TeacherGuard(HookBase):
 class KeepBest(HookBase):
     """Writes ``model_best.pth`` after each evaluation whose result is better than all before.
 
-    The file itself holds its result, so that a resumed run knows what to beat whatever happened to
-    ``metrics.json``. In place of Detectron2's ``BestCheckpointer``, which forgets the best over a
-    resume and makes its file the one to resume from.
+    The file holds its own result, so that a resumed run can compare. In place of Detectron2's
+    ``BestCheckpointer``, which forgets the best result over a resume and makes its file the one to
+    resume from.
 
     Args:
         checkpointer: writes the file.
@@ -202,8 +202,8 @@ class KeepBest(HookBase):
 class ExportStudent(HookBase):
     """Writes ``student_final.pth``, which plain Detectron2 loads, when training is complete.
 
-    A student that plain Detectron2 cannot build, such as a user's own class with layers of its own,
-    is trained and evaluated all the same: that its export is missing is logged.
+    For a student that plain Detectron2 cannot build, such as a user's own class with additional
+    layers, an error is logged instead.
     """
 
     def __init__(self, cfg):
@@ -262,7 +262,7 @@ class WriteResult(HookBase):
 
 
 def reopen_run(folder: str, iteration: int) -> None:
-    """Takes from a finished run that goes on what says that it is finished.
+    """Removes what marks a run as finished, when it is trained further.
 
     ``model_final.pth`` becomes the checkpoint of its iteration; ``result.json`` and the exported
     student, which the new end writes again, are removed.
@@ -282,11 +282,11 @@ def reopen_run(folder: str, iteration: int) -> None:
 class StopOnSignal(HookBase):
     """On SIGTERM or SIGINT: finish the iteration, write a checkpoint, raise :class:`Interrupted`.
 
-    An evaluation that one process runs (:meth:`at_once`) is left at once; it is not repeated by the
-    resumed run, but for the final one. A second SIGINT stops at once, as usual. Forked processes,
-    which inherit the handlers, die of SIGTERM as they would without: otherwise a pool's
-    ``terminate()`` waits for them for ever. They outlive SIGINT, which a terminal sends to all,
-    since the iteration needs its data workers.
+    In a single process an evaluation (:meth:`at_once`) is left at once; the resumed run repeats
+    only a final one. A second SIGINT stops at once, as usual. Forked processes, such as data
+    workers, inherit the handlers: SIGTERM ends them as usual, since a pool's ``terminate()`` waits
+    for that; SIGINT, which a terminal sends to all of them, does not, since the iteration needs
+    them.
     """
 
     def __init__(self, checkpointer):
@@ -364,8 +364,7 @@ class StopOnSignal(HookBase):
 class Interrupted(SystemExit):
     """Training stopped on a signal with a checkpoint written; ``--resume`` goes on.
 
-    A ``SystemExit``, so that it is no failure to report: the process ends with
-    :data:`INTERRUPTED_EXIT_CODE`.
+    A ``SystemExit``: the process ends without a traceback, with :data:`INTERRUPTED_EXIT_CODE`.
     """
 
     def __init__(self, number: int, iteration: int):

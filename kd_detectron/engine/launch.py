@@ -36,7 +36,7 @@ def start(args, run: Callable) -> int:
                 args=(args, run),
             )
     except ProcessExitedException as error:
-        if error.signal_name is None:  # It has said itself what it ended of.
+        if error.signal_name is None:  # The process has printed its own error.
             return error.exit_code
         print(
             f"error: process {error.error_index} was ended by {error.signal_name}, and the others "

@@ -1,4 +1,4 @@
-"""What ``tools/lazyconfig_train_net.py`` does: trains or evaluates a student from a LazyConfig.
+"""The command ``tools/lazyconfig_train_net.py``: trains or evaluates a LazyConfig's student.
 
 The file defines what Detectron2's own LazyConfigs define: ``model``, ``dataloader``, ``optimizer``,
 ``lr_multiplier``, ``train``. Its model is a distilled meta-architecture with ``teacher`` and
@@ -42,6 +42,7 @@ from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
 from kd_detectron.preflight.resume import check_output_dir, check_same_lazy_run
+from kd_detectron.runs.files import forget_metrics_from
 
 from .hooks import (
     DistillationSchedule,
@@ -54,7 +55,7 @@ from .hooks import (
 from .launch import start
 from .main import keep_run_config
 from .train_loop import DistillationTrainLoop
-from .trainer import forget_metrics_from, run_facts, unwrap
+from .trainer import run_facts, unwrap
 from .weight_average import WeightAverage
 
 logger = logging.getLogger("kd_detectron")
@@ -179,7 +180,7 @@ def read_config(name: str, opts: list[str]) -> DictConfig:
 
 
 def plain(model_cfg: DictConfig) -> None:
-    """Takes teacher and distillers out of a LazyConfig model, in place: it is the student alone."""
+    """Takes teacher and distillers out of a LazyConfig model, in place."""
     for key in ("teacher", "distillers", "distillation_weights"):
         model_cfg.pop(key, None)
 
@@ -219,9 +220,6 @@ def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
 
     A YAML config's distillers are sized by ``Distiller.from_specs``, a LazyConfig's by its author:
     they are compared with those that ``from_specs`` makes.
-
-    Raises:
-        ConfigError: naming the distiller and the first tensor that differs.
     """
     distillers = getattr(model, "distillers", {})
     entries = model_cfg.get("distillers", ())
@@ -245,11 +243,7 @@ def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
 
 
 def schedule_of(cfg: DictConfig) -> CfgNode:
-    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``.
-
-    Raises:
-        ConfigError: it has another key.
-    """
+    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``."""
     yaml_cfg = get_cfg()
     add_kd_config(yaml_cfg)
     schedule = yaml_cfg.KD.SCHEDULE
@@ -320,7 +314,7 @@ def errors_with_lazy_keys() -> Iterator[None]:
 
 
 def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
-    """Trains a model, evaluates it every ``train.eval_period`` and writes the student alone.
+    """Trains a model, evaluates it every ``train.eval_period`` and writes the plain student.
 
     Args:
         cfg: the LazyConfig.
@@ -395,7 +389,8 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
             "dataloader.train is no call of build_detection_train_loader that can be continued: "
             "the resumed run draws its batches anew"
         )
-    forget_metrics_from(output_dir, first)
+    if comm.is_main_process():
+        forget_metrics_from(output_dir, first)
     trainer.train(first, cfg.train.max_iter)
     if comm.is_main_process():
         path = os.path.join(output_dir, "student_final.pth")
@@ -403,7 +398,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
             state = unwrap(model).state_dict()
             student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
             torch.save({"model": student}, file)
-        logger.info("The student alone, for plain Detectron2: %s", path)
+        logger.info("The student for plain Detectron2: %s", path)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict:

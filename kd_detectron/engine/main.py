@@ -1,4 +1,4 @@
-"""What ``tools/train_net.py`` does: :func:`run` reads the config and does one of four things.
+"""The command ``tools/train_net.py``: :func:`run` reads the config and does one of four things.
 
 - :func:`train` (the default), ``--resume`` included: the trainer is ``trainer.py``, its step
   ``train_loop.py``;
@@ -144,7 +144,7 @@ def evaluate_teacher(cfg: CfgNode) -> dict:
 
 
 def log_start(trainer: DistillationTrainer) -> None:
-    """Says who learns what from whom."""
+    """Logs student, teacher and distillers with their sizes and weights."""
     model = unwrap(trainer.model)
     warn_of_pixel_statistics(model)
     logger.info("Random seed: %d", trainer.seed)

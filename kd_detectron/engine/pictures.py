@@ -5,9 +5,9 @@ throughout: detections of ground truth, teacher and student side by side, and th
 difference to the teacher by FPN level. They come beside Detectron2's own pictures of
 ``VIS_PERIOD``, the proposals and masks of the training batch.
 
-The training is not touched: every module's mode and all random states are put back. The teacher is
-loaded whole (the one beside the student has no RPN) before the first step, run once on the images,
-and dropped again: a frozen teacher has nothing new to show. Only the main process draws.
+Training is not affected: every module's mode and all random states are restored. The whole teacher
+(the one beside the student has no RPN) is loaded before the first step, run once on the images, and
+dropped again, since its outputs do not change. Only the main process draws.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class TrainingPictures(HookBase):
         name = (*self._cfg.DATASETS.TEST, *self._cfg.DATASETS.TRAIN)[0]
         records, self._class_names = dataset_records(self._cfg, name)
         self._records = choose_records(records, _IMAGES) or records[:_IMAGES]
-        self._seen_by_teacher = self._shown_models = None
+        self._teacher_outputs = self._shown_models = None
         with eval_without_side_effects(self._student.model):
             check_classes(self._student, self._class_names)
             self._shown_models = [self._student]
@@ -69,15 +69,15 @@ class TrainingPictures(HookBase):
     def _ask_teacher(self) -> None:
         teacher = load_configured_teacher(self._cfg)
         match_test_size(teacher, self._cfg)
-        remembered = CachedOutputs.of(teacher, self._records)
+        outputs = CachedOutputs.of(teacher, self._records)
         try:
             check_classes(teacher, self._class_names)
-            self._shown_models = [remembered, self._student]
+            self._shown_models = [outputs, self._student]
         except ConfigError as error:
             logger.warning("VIS_PERIOD: the teacher's detections are not drawn: %s", error)
         try:
-            compare_features(self._student, remembered, self._records[:1])
-            self._seen_by_teacher = remembered
+            compare_features(self._student, outputs, self._records[:1])
+            self._teacher_outputs = outputs
         except ConfigError as error:
             logger.warning("VIS_PERIOD: no feature difference is drawn: %s", error)
 
@@ -91,9 +91,9 @@ class TrainingPictures(HookBase):
         figures = {
             PREDICTIONS: draw_predictions(self._shown_models, self._records, self._class_names)
         }
-        if self._seen_by_teacher is not None:
+        if self._teacher_outputs is not None:
             figures[FEATURES] = draw_feature_differences(
-                self._seen_by_teacher, [self._student], self._records
+                self._teacher_outputs, [self._student], self._records
             )
         for name, figure in figures.items():
             self.trainer.storage.put_image(name, figure_pixels(figure).transpose(2, 0, 1))

@@ -27,7 +27,7 @@ from .weight_average import WeightAverage
 
 
 class ContinuedTraining:
-    """For a trainer class, before Detectron2's: what its resume lacks."""
+    """Mixin in front of a trainer class of Detectron2: two corrections of its resume."""
 
     def before_train(self) -> None:
         super().before_train()

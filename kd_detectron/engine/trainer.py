@@ -34,7 +34,7 @@ from kd_detectron.data.loader import build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
 from kd_detectron.preflight.evaluation import evaluator_type
-from kd_detectron.runs.files import METRICS, is_finished, parse_record
+from kd_detectron.runs.files import forget_metrics_from, is_finished
 
 from .hooks import (
     DistillationSchedule,
@@ -130,7 +130,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             )
         self._step_seed.seed = self.seed
         self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
-        if not self.finished:
+        if not self.finished and comm.is_main_process():
             forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
 
     @property
@@ -203,11 +203,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
     ) -> DatasetEvaluator:
-        """The evaluators that a dataset's ``evaluator_type`` asks for, as in Detectron2's own tool.
-
-        Raises:
-            ConfigError: as :func:`evaluator_type`.
-        """
+        """The evaluators of a dataset's ``evaluator_type``, as in Detectron2's own tool."""
         kind = evaluator_type(dataset_name)
         folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
         evaluators = []
@@ -234,11 +230,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
 
 
 def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
-    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any.
-
-    Raises:
-        ConfigError: that number is negative.
-    """
+    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any."""
     keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
     if keep < 0:
         raise ConfigError(
@@ -323,19 +315,3 @@ def run_facts(model, seed: int) -> dict:
         "seed": seed,
         "torch": torch.__version__,
     }
-
-
-def forget_metrics_from(output_dir: str, iteration: int) -> None:
-    """Cuts ``metrics.json`` at the first record of an iteration that will be run (again)."""
-    path = os.path.join(output_dir, METRICS)
-    if not comm.is_main_process() or not os.path.isfile(path):
-        return
-    kept = 0
-    with open(path, "rb") as file:
-        for line in file:
-            record = parse_record(line)
-            if record is None or record.get("iteration", -1) >= iteration:
-                break
-            kept += len(line)
-    # In place, since the writer already holds the file open for appending.
-    os.truncate(path, kept)

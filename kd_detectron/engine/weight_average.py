@@ -35,9 +35,6 @@ class WeightAverage(HookBase):
     Args:
         model: the student, not wrapped.
         decay: ``SOLVER.EMA.DECAY``, between 0 and 1.
-
-    Raises:
-        ConfigError: the decay is not between 0 and 1.
     """
 
     def __init__(self, model: nn.Module, decay: float):

@@ -5,7 +5,7 @@ convolution before it: ``weight * scale`` and ``bias * scale + shift``. The teac
 after its checkpoint was checked key by key; ``--eval-teacher`` runs the model as it was trained.
 
 Outputs stay within 1e-4 relative of the plain model's (``tests/modeling/test_fold.py``);
-``docs/performance.md`` says what it saves.
+``docs/performance_log.md`` says what it saves.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Will an annotation file in COCO format, and its images, train and evaluate?
+"""Checks an annotation file in COCO format and its images before they are used.
 
-What would fail deep inside Detectron2, or only at the first evaluation, hours later, is a
-``ConfigError`` that names the file, the value and the fix. Read are the file, a listing of each
-image folder, and the headers of image files: of all in a test set, of 5000 in a training set.
+What would fail inside Detectron2, or only at the first evaluation, is a ``ConfigError`` that names
+the file, the value and the fix. The checks read the file, a listing of each image folder, and the
+headers of image files: of all in a test set, of at most 5000 in a training set.
 """
 
 import json
@@ -72,9 +72,6 @@ def check_coco_files(
         mask_format: ``INPUT.MASK_FORMAT`` of a model that learns masks; None without masks.
         num_keypoints: how many keypoints an object of a keypoint model has; None without keypoints.
         max_corrupt_images: how many images of another size than annotated the training may skip.
-
-    Raises:
-        ConfigError: the first thing found that would not work.
     """
     content = _read_json(name, json_file)
     title = f"{name}: '{absolute(json_file)}'"
@@ -128,7 +125,7 @@ def check_coco_files(
 def check_on_disk(title: str, file_names: Iterable[str]) -> None:
     """Refuses images that are missing, by one listing of each folder.
 
-    To look at each file would take minutes on network disks.
+    Looking at each file would take minutes on network disks.
     """
     file_names, present = list(file_names), set()
     for folder in {os.path.dirname(file_name) for file_name in file_names}:
@@ -245,7 +242,8 @@ def _check_image_sizes(
 ) -> None:
     """Refuses more than ``allowed`` images that are not of the annotated size.
 
-    None is for a test set, where none may be unreadable either: that is found hours later.
+    None is for a test set: there, an unreadable image is an error too, since the evaluation would
+    find it only hours later.
     """
     with ThreadPoolExecutor(8) as pool:
         sizes = list(pool.map(image_size, files))

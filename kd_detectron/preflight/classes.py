@@ -1,7 +1,7 @@
-"""Do teacher, student and datasets mean the same classes, in the same order?
+"""Checks that teacher, student and datasets have the same classes in the same order.
 
-Some outputs are compared class by class: with as many classes in another order nothing fails, and
-the student learns the wrong ones.
+Some outputs are compared class by class: with as many classes in another order training runs
+without an error, but the student learns the wrong classes.
 """
 
 import json
@@ -22,7 +22,7 @@ from kd_detectron.modeling.teacher_loading import (
 )
 from kd_detectron.preflight.annotations import DatasetSummary, count_classes
 
-# The NUM_CLASSES of a model that does not say how many it tells apart (some LazyConfigs').
+# Stands for the NUM_CLASSES of a model that has no such attribute (some LazyConfigs').
 UNKNOWN_CLASSES = -1
 # The outputs of a detector that differ from class to class.
 CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
@@ -31,11 +31,7 @@ CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
 def check_dataset_classes(
     cfg: CfgNode, key: str, summary: DatasetSummary, first: DatasetSummary
 ) -> None:
-    """Compares a dataset's classes with the model's number, and with another dataset's classes.
-
-    Raises:
-        ConfigError: the numbers differ, or the names or their order.
-    """
+    """Compares a dataset's classes with the model's number, and with another dataset's classes."""
     if not summary.classes:  # A user's own function that sets no thing_classes.
         return
     architecture = cfg.MODEL.META_ARCHITECTURE
@@ -59,9 +55,7 @@ def check_dataset_classes(
 
 
 def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
-    """Refuses to learn class by class from a teacher of other classes, by their names.
-
-    That is, by distillers of outputs that each class has its own of, or by ``INHERIT``.
+    """Refuses a teacher of other class names where distillers or ``INHERIT`` go class by class.
 
     Args:
         cfg: the student's whole config.
@@ -94,9 +88,6 @@ def check_teacher_to_evaluate(
         cfg: the student's whole config.
         summaries: what :func:`kd_detectron.preflight.data.check_data` returned for it.
         model: the teacher.
-
-    Raises:
-        ConfigError: the numbers of classes differ, or a class has another name.
     """
     who = f"the teacher (KD.TEACHER.CONFIG_FILE '{cfg.KD.TEACHER.CONFIG_FILE}')"
     for name in cfg.DATASETS.TEST if summaries else ():
@@ -107,11 +98,7 @@ def check_teacher_to_evaluate(
 
 
 def check_number_of_classes(who: str, model: nn.Module, class_names: Sequence[str]) -> None:
-    """Refuses a model whose number of classes is not the dataset's.
-
-    Raises:
-        ConfigError: naming ``who`` and both numbers.
-    """
+    """Refuses a model whose number of classes is not the dataset's."""
     heads = getattr(model, "roi_heads", model)
     count = getattr(heads, "num_classes", len(class_names))
     if count != len(class_names):

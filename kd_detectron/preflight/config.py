@@ -18,11 +18,7 @@ from kd_detectron.modeling.distilled_rcnn import DistillationMixin
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
-    """Refuses ``KD.DISTILLERS`` and ``INHERIT`` on a detector that reads neither; unknown parts.
-
-    Raises:
-        ConfigError: naming ``MODEL.META_ARCHITECTURE``, or the part's key, and the fix.
-    """
+    """Refuses ``KD.DISTILLERS`` and ``INHERIT`` on a detector that reads neither; unknown parts."""
     _check_parts(cfg)
     name = cfg.MODEL.META_ARCHITECTURE
     known = {key: cls for key, cls in META_ARCH_REGISTRY if isinstance(cls, type)}

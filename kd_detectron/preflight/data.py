@@ -1,4 +1,4 @@
-"""Are the datasets that a config names there, sound, and what the model needs?
+"""Checks that the datasets of a config exist, are well-formed and fit the model.
 
 :func:`check_data` is what training, ``--check`` and LazyConfig training call; it also compares the
 classes of student, datasets and teacher.
@@ -38,9 +38,6 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSummary]
 
     Returns:
         A summary of each dataset, by name; they are logged. Empty in other processes.
-
-    Raises:
-        ConfigError: the first thing found that would not work.
     """
     summaries = {}
     if comm.is_main_process():
@@ -54,20 +51,10 @@ def check_data(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSummary]
 
 
 def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSummary]:
-    """Checks the datasets of a config; call it once, before anything is built.
-
-    Registers ``DATASETS.COCO_FORMAT`` first. Warnings (boxes that are dropped, annotations of
-    unknown images) go to the log.
-
-    Args:
-        cfg: a whole config.
-        train: whether ``DATASETS.TRAIN`` will be used; False for evaluation only.
+    """Registers ``DATASETS.COCO_FORMAT`` and checks the datasets, as :func:`check_data` does.
 
     Returns:
         A summary of each dataset, by name, training sets first.
-
-    Raises:
-        ConfigError: the first thing found that would not work.
     """
     register_coco_format(cfg)
     if train and not cfg.DATASETS.TRAIN:

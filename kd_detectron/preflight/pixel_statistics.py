@@ -1,4 +1,4 @@
-"""Are images normalised by the mean and standard deviation that belong to them?
+"""Warns where images are normalised by a mean and standard deviation that cannot be theirs.
 
 Images in one channel order with the statistics of the other, as in the release of the papers, or
 with those of images in 0..1, train without an error, to some points of AP less. All of it is a

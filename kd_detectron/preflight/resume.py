@@ -1,6 +1,6 @@
-"""May this training write into its output folder, and is it the run that ``--resume`` means?
+"""Checks of the output folder: no run is overwritten, and ``--resume`` continues the same run.
 
-A resumed run whose model, distillation or training data differ would go on as a mixture of two runs
+With another model, distillation or training data, a resumed run would be a mixture of two runs
 wherever the shapes happen to fit.
 """
 
@@ -58,9 +58,6 @@ def check_same_run(cfg: CfgNode) -> list[str]:
 
     Returns:
         The keys that changed and may, each as one phrase; they are logged.
-
-    Raises:
-        ConfigError: a key differs that makes it another run.
     """
     return _compare_configs(
         cfg.OUTPUT_DIR,

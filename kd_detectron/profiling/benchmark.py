@@ -1,4 +1,4 @@
-"""What a distilled step costs, against the parts that it cannot do without.
+"""Measures what a distilled step costs, compared with the parts that it consists of.
 
 In one process, on one fixed synthetic batch, interleaved and repeated: the plain student's step
 (forward and backward), the teacher's forward (backbone; box head and predictor on the sampled
@@ -19,7 +19,6 @@ import ctypes
 import os
 import platform
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from multiprocessing import get_context
 from types import SimpleNamespace
 
 import detectron2
+import numpy as np
 import torch
 import torchvision
 from detectron2.config import CfgNode
@@ -48,7 +48,7 @@ OBJECTS_PER_IMAGE = 8
 _SEED = 0
 # Steps in the child process that measures memory: the second one meets the first one's leftovers.
 _MEMORY_STEPS = 2
-# The number of this parameter in glibc's malloc.h: from which size on a block is mapped by itself.
+# glibc's number for the option of mallopt that says from which size blocks are mapped separately.
 _M_MMAP_THRESHOLD = -3
 
 STUDENT, DISTILLED = "student step", "distilled step"
@@ -169,16 +169,16 @@ def record_context(step: Step) -> SimpleNamespace:
 
     Student tensors are leaves that require grad; ``teacher`` has those tensors that were asked for.
     """
-    seen = []
+    contexts = []
     handles = [
-        distiller.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        distiller.register_forward_pre_hook(lambda module, args: contexts.append(args[0]))
         for distiller in step.model.distillers.values()
     ]
     step.reset()
     step()
     for handle in handles:
         handle.remove()
-    context = seen[0]
+    context = contexts[0]
     student = tree_map_only(
         torch.Tensor, lambda x: x.detach().clone().requires_grad_(), vars(context.student)
     )
@@ -281,9 +281,6 @@ def run_benchmark(
 
     Returns:
         The report, plain data, as it is written to JSON.
-
-    Raises:
-        ConfigError: the config distils nothing.
     """
     if not (cfg.KD.ENABLED and cfg.KD.DISTILLERS):
         raise ConfigError(
@@ -301,7 +298,12 @@ def run_benchmark(
         distiller_name: DistillerAlone(distiller, context, autocast)
         for distiller_name, distiller in model.distillers.items()
     }
-    reference = _unfolded_backbone(cfg, batch) if unfolded else {}
+    reference = {}
+    if unfolded:
+        plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
+        reference["teacher backbone, BatchNorm not folded"] = TeacherPart(
+            lambda: plain.features(batch, cfg.INPUT.FORMAT), autocast
+        )
     parts = {
         STUDENT: Step(cfg, batch, distilled=False),
         **teacher,
@@ -341,22 +343,9 @@ def run_benchmark(
     return report
 
 
-def _unfolded_backbone(cfg: CfgNode, batch: list[dict]) -> dict[str, TeacherPart]:
-    plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
-    return {
-        "teacher backbone, BatchNorm not folded": TeacherPart(
-            lambda: plain.features(batch, cfg.INPUT.FORMAT), autocast_options(cfg)
-        )
-    }
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, median, high = (
-        statistics.quantiles(values, n=4, method="inclusive")
-        if len(values) > 1
-        else [values[0]] * 3
-    )
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
     return {"median": median, "low": low, "high": high}
 
 
@@ -452,8 +441,8 @@ def _memory_part(name, cfg, batch, context, distiller):
 
 
 def _give_freed_memory_back() -> None:
-    # Otherwise glibc keeps much of what is freed, and how much differs from run to run: a peak
-    # would say less of the tensors than of that. Other C libraries stay as they are.
+    # Otherwise glibc keeps part of what is freed, and how much differs from run to run, so that the
+    # peak would not be that of the tensors. Other C libraries stay as they are.
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(_M_MMAP_THRESHOLD, 1 << 16)

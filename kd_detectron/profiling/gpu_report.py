@@ -1,4 +1,4 @@
-"""What this project does and costs on one machine: checks, step times, ways to run the teacher.
+"""Checks and measurements on one machine: does every part work, and what does it cost?
 
 - :func:`method_checks`: steps of every registered distiller on Faster R-CNN, Mask R-CNN and
   RetinaNet, in each precision that the device has.
@@ -16,7 +16,6 @@ import contextlib
 import copy
 import functools
 import gc
-import json
 import math
 import os
 import shutil
@@ -33,12 +32,21 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tabulate import tabulate
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from kd_detectron.config import get_config
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError, did_you_mean
-from kd_detectron.profiling.benchmark import run_benchmark, synthetic_batch
+from kd_detectron.modeling.precision import PRECISIONS
+from kd_detectron.profiling.benchmark import (
+    DISTILLED,
+    STUDENT,
+    Step,
+    autocast_options,
+    run_benchmark,
+    synthetic_batch,
+)
 
 DETECTORS = {
     "Faster R-CNN": "ckd_rcnn_r101_r18.yaml",
@@ -49,7 +57,6 @@ PAIRS = ("r101_r18", "r101_r50", "r50_mv2")
 TABLE_CONFIGS = tuple(
     f"{methods}_rcnn_{pair}.yaml" for pair in PAIRS for methods in ("ckd", "ckd_reviewkd", "recipe")
 )
-PRECISIONS = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 OK = "ok"
 # The modules of tools/train_net.py and tools/export_student.py, run as commands, not imported.
 MAIN, EXPORT = "kd_detectron.engine.main", "kd_detectron.checkpoint.export_command"
@@ -59,11 +66,6 @@ _COMMAND_TIMEOUT = 600
 _RANDOM_PIXEL_STD = 1e4
 
 Check = dict[str, str | float]
-
-
-def default_device() -> str:
-    """ "cuda" where there is a GPU, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def random_weights(device: str, *, small: bool) -> list:
@@ -143,7 +145,7 @@ def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:
         RuntimeError: a loss is not finite, a distiller gives none, or no step is taken.
     """
     device = next(model.parameters()).device.type
-    dtype = PRECISIONS[precision]
+    dtype = PRECISIONS.get(precision)  # None for fp32
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
     for _ in range(_SCALER_STEPS):
@@ -185,11 +187,7 @@ def recorded_outputs(modules: Mapping[str, nn.Module]) -> Iterator[list]:
 
 
 def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
-    """``KD.TEACHER.AMP`` runs the teacher of a float32 student in half precision on CUDA only.
-
-    Raises:
-        RuntimeError: its backbone computed in another type.
-    """
+    """``KD.TEACHER.AMP`` runs the teacher of a float32 student in half precision on CUDA only."""
     backbone = model.teacher.model.backbone
     convolution = next(m for m in backbone.modules() if isinstance(m, nn.Conv2d))
     before = model.teacher.amp
@@ -201,10 +199,10 @@ def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
                     model(batch)
         finally:
             model.teacher.amp = before
-    seen = [output.dtype for output in outputs]
+    dtypes = [output.dtype for output in outputs]
     on_cuda = next(model.parameters()).is_cuda
-    if not seen or (seen[0] is not torch.float32) != on_cuda or seen[-1] is not torch.float32:
-        raise RuntimeError(f"KD.TEACHER.AMP True, then False, gave {seen}")
+    if not dtypes or (dtypes[0] is not torch.float32) != on_cuda or dtypes[-1] is not torch.float32:
+        raise RuntimeError(f"KD.TEACHER.AMP True, then False, gave {dtypes}")
 
 
 # ---- does it work: commands ----
@@ -331,9 +329,6 @@ def compare_checkpoints(whole: str, resumed: str) -> None:
 
     The loss scaler's state must be equal. Weights may differ by what CUDA's kernels, which add in
     no fixed order, make of four small steps.
-
-    Raises:
-        RuntimeError: they differ.
     """
     first, second = (torch.load(path, map_location="cpu") for path in (whole, resumed))
     scalers = [checkpoint["trainer"]["_trainer"]["grad_scaler"] for checkpoint in (first, second)]
@@ -367,16 +362,14 @@ def measure_configs(
         repeats: measured rounds.
 
     Yields:
-        "name", "images", "report" of :func:`run_benchmark` and "peak_memory" in bytes ("plain
-        step", "distilled step"; empty without CUDA); or "name", "images" and "failed".
+        "name", "images", "report" of :func:`run_benchmark` and "peak_memory" of
+        :func:`peak_memory` (empty without CUDA); or "name", "images" and "failed".
     """
     for config in configs:
         for count in images:
             row = {"name": Path(config).stem, "images": count}
             try:
-                opts = [*random_weights(device, small=small), "SOLVER.AMP.ENABLED", True]
-                opts += ["SOLVER.AMP.PRECISION", "fp16" if device == "cuda" else "bf16"]
-                cfg = get_config(config, opts)
+                cfg = mixed_precision_config(config, device=device, small=small)
                 report = run_benchmark(
                     cfg, name=row["name"], images=count, size=size, repeats=repeats, memory=False
                 )
@@ -388,39 +381,27 @@ def measure_configs(
             _free()
 
 
+def mixed_precision_config(config: str, *, device: str, small: bool) -> CfgNode:
+    """A config with random weights, in fp16 on CUDA and bf16 on the CPU."""
+    precision = "fp16" if device == "cuda" else "bf16"
+    opts = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", precision]
+    return get_config(config, [*random_weights(device, small=small), *opts])
+
+
 def peak_memory(cfg: CfgNode, *, images: int, size: tuple[int, int]) -> dict[str, int]:
-    """Peak bytes that tensors take on the GPU in the plain and in the distilled step."""
+    """Peak bytes that tensors take on the GPU in the student's and in the distilled step."""
     batch = synthetic_batch(cfg, images=images, size=size)
     peaks = {}
-    for name, distilled in (("plain step", False), ("distilled step", True)):
-        step = PlainStep(cfg, batch, distilled=distilled)
+    for name in (STUDENT, DISTILLED):
+        step = Step(cfg, batch, distilled=name == DISTILLED)
         torch.cuda.reset_peak_memory_stats()
         for _ in range(2):
+            step.reset()
             step()
         peaks[name] = torch.cuda.max_memory_allocated()
         del step
         _free()
     return peaks
-
-
-class PlainStep:
-    """Forward and backward of a config's model under its autocast, without an optimizer."""
-
-    def __init__(self, cfg: CfgNode, batch: list[dict], *, distilled: bool):
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.KD.ENABLED = distilled
-        self.model = build_model(cfg).train()
-        self._batch = batch
-        self._device = cfg.MODEL.DEVICE
-        self._dtype = PRECISIONS[cfg.SOLVER.AMP.PRECISION]
-        self._amp = cfg.SOLVER.AMP.ENABLED
-
-    def __call__(self) -> None:
-        self.model.zero_grad()
-        with EventStorage(), torch.autocast(self._device, dtype=self._dtype, enabled=self._amp):
-            losses = self.model(self._batch)
-        sum(losses.values()).backward()
 
 
 def teacher_variants(
@@ -441,24 +422,23 @@ def teacher_variants(
     Yields:
         "variant" and "seconds" (the median), or "variant" and "failed".
     """
-    opts = [*random_weights(device, small=small), "SOLVER.AMP.ENABLED", True]
-    opts += ["SOLVER.AMP.PRECISION", "fp16" if device == "cuda" else "bf16"]
-    cfg = get_config(config, opts)
+    cfg = mixed_precision_config(config, device=device, small=small)
     batch = synthetic_batch(cfg, images=images, size=size)
     teacher = build_model(cfg).teacher
     pixels = teacher.preprocess(batch, cfg.INPUT.FORMAT).tensor
-    dtype = PRECISIONS[cfg.SOLVER.AMP.PRECISION]
+    autocast = autocast_options(cfg)
 
     def forward(backbone: nn.Module, pixels: torch.Tensor):
         # Without the cache of casted weights, which a CUDA graph cannot hold.
-        with (
-            torch.no_grad(),
-            torch.autocast(device, dtype=dtype, cache_enabled=False),
-        ):
+        with torch.no_grad(), torch.autocast(**autocast, cache_enabled=False):
             return backbone(pixels)
 
     backbone = teacher.model.backbone
-    student = PlainStep(cfg, batch, distilled=False)
+    step = Step(cfg, batch, distilled=False)
+
+    def student() -> None:
+        step.reset()
+        step()
 
     def channels_last() -> Callable:
         moved = copy.deepcopy(backbone).to(memory_format=torch.channels_last)
@@ -466,8 +446,8 @@ def teacher_variants(
         return lambda: forward(moved, ordered)
 
     def half_weights() -> Callable:
-        moved = copy.deepcopy(backbone).to(dtype)
-        return lambda: forward(moved, pixels.to(dtype))
+        moved = copy.deepcopy(backbone).to(autocast["dtype"])
+        return lambda: forward(moved, pixels.to(autocast["dtype"]))
 
     def compiled() -> Callable:
         module = torch.compile(copy.deepcopy(backbone))
@@ -497,7 +477,7 @@ def teacher_variants(
         )
     for name, build in variants.items():
         try:
-            yield {"variant": name, "seconds": median_seconds(build(), device, repeats)}
+            yield {"variant": name, "seconds": median_seconds(build(), repeats)}
         except Exception as error:  # Compilers fail in many ways.
             yield {"variant": name, "failed": _first_line(error)}
 
@@ -531,19 +511,10 @@ def on_own_stream(teacher: Callable, student: Callable) -> Callable:
     return both
 
 
-def median_seconds(run: Callable, device: str, repeats: int) -> float:
-    """Median time of a call, after two calls of warm-up."""
-    seconds = []
-    for number in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if number >= 2:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+def median_seconds(run: Callable, repeats: int) -> float:
+    """Median time of a call; the timer warms up and waits for the GPU."""
+    timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+    return statistics.median(timer.timeit(1).mean for _ in range(repeats))
 
 
 # ---- reports ----
@@ -563,15 +534,12 @@ def format_memory(rows: Sequence[dict]) -> str:
         [
             row["name"],
             row["images"],
-            *(
-                f"{row['peak_memory'][step] / 2**30:.2f}"
-                for step in ("plain step", "distilled step")
-            ),
+            *(f"{row['peak_memory'][step] / 2**30:.2f}" for step in (STUDENT, DISTILLED)),
         ]
         for row in rows
         if row.get("peak_memory")
     ]
-    headers = ["config", "images", "plain step, peak GiB", "distilled step, peak GiB"]
+    headers = ["config", "images", f"{STUDENT}, peak GiB", f"{DISTILLED}, peak GiB"]
     lines = [tabulate(table, headers=headers, disable_numparse=True)] if table else []
     lines += [
         f"{row['name']}, {row['images']} images: failed: {row['failed']}"
@@ -585,12 +553,6 @@ def format_variants(rows: Sequence[dict]) -> str:
     """Times of the teacher's variants."""
     table = [[row["variant"], row.get("failed") or f"{1000 * row['seconds']:.4g}"] for row in rows]
     return tabulate(table, headers=["teacher", "ms"], disable_numparse=True)
-
-
-def save(report: dict, path: str) -> None:
-    """Writes the whole report as JSON."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _run(name: str, work: Callable[[], None]) -> Check:

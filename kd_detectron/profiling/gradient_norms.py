@@ -1,10 +1,9 @@
-"""How hard each loss pulls at the student: gradient norms of distillation against detection.
+"""Gradient norms of each distillation loss, compared with those of the detection losses.
 
 For a few training batches and one state of the weights: the norm of the gradient of each loss, by
-part of the student (backbone, FPN, heads), against that of all detection
-losses together, and the cosine between the two. It answers two questions before any knob is turned:
-which weight to start with (a ratio near 1 in the backbone: the loss says as much as
-the labels do), and whether a loss pulls against the labels (cosine below 0).
+part of the student (backbone, FPN, heads), the ratio to that of all detection losses together, and
+the cosine between the two. They help to choose a weight (at a ratio near 1 in the backbone, both
+have the same influence) and show whether a loss acts against the labels (cosine below 0).
 
 ``tools/gradient_norms.py`` prints the table. Nothing is trained or written; BatchNorm runs as in
 training.
@@ -137,9 +136,9 @@ def format_gradient_norms(rows: list[dict]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="How hard each distillation loss pulls at the student, against the detection "
-        "losses: norm of its gradient by part, ratio to that of all detection losses, cosine "
-        "between them; at the start of training, or with MODEL.WEIGHTS of a trained state."
+        description="Gradient of each distillation loss, compared with that of all detection "
+        "losses: norm by part of the student, ratio and cosine; at the start of training, or with "
+        "MODEL.WEIGHTS at a trained state."
     )
     parser.add_argument("--config-file", required=True, metavar="NAME")
     parser.add_argument("--batches", type=int, default=8, help="training batches (%(default)s)")

@@ -21,7 +21,8 @@ from kd_detectron.profiling.benchmark import CLOCKS, DISTILLED, STUDENT, run_ben
 
 
 def save_report(report: dict, path: str | os.PathLike) -> None:
-    """Writes a report as JSON."""
+    """Writes a report as JSON; makes its folder if needed."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -196,7 +197,6 @@ def benchmark(args: argparse.Namespace) -> str:
         imports=args.imports,
     )
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
         save_report(report, args.output)
     return format_report(report)
 

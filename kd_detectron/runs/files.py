@@ -17,6 +17,7 @@ from pathlib import Path
 
 import yaml
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError
 
 CONFIG = "config.yaml"
@@ -81,6 +82,22 @@ def parse_record(line: bytes) -> dict | None:
     return record if complete else None
 
 
+def forget_metrics_from(folder: str | Path, iteration: int) -> None:
+    """Cuts ``metrics.json`` at the first record of an iteration that will be run (again)."""
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        return
+    kept = 0
+    with path.open("rb") as file:
+        for line in file:
+            record = parse_record(line)
+            if record is None or record["iteration"] >= iteration:
+                break
+            kept += len(line)
+    # In place, since a writer may already hold the file open for appending.
+    os.truncate(path, kept)
+
+
 def read_result(folder: str | Path) -> dict:
     """Returns a run's ``result.json``, {} where it is missing.
 
@@ -109,15 +126,12 @@ def read_result(folder: str | Path) -> dict:
 
 
 def write_result(folder: str | Path, record: Mapping) -> None:
-    """Writes ``result.json`` under a temporary name and renames it, so that it is whole or absent.
+    """Writes ``result.json``, complete or not at all.
 
     Values that are not finite, Detectron2's NaN for an AP without objects, become null.
     """
-    path = os.path.join(folder, RESULT)
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
+    with atomic_open(os.path.join(folder, RESULT), "w") as file:
         json.dump(_without_nan(record), file, indent=1, allow_nan=False)
-    os.replace(temporary, path)
 
 
 def _without_nan(value):
@@ -127,11 +141,7 @@ def _without_nan(value):
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Whether a run reached its end: ``result.json`` says so, and nothing was trained since.
-
-    Raises:
-        ConfigError: ``result.json`` is unreadable.
-    """
+    """Whether a run reached its end: ``result.json`` says so, and nothing was trained since."""
     result = read_result(folder)
     if not result.get("finished"):
         return False

@@ -15,10 +15,9 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from statistics import fmean
@@ -108,13 +107,12 @@ class ResultTable:
     def _render(self, style: str, *, title: str, line_break: str, bullet: str) -> str:
         blocks = []
         for detector in dict.fromkeys(row.detector for row in self.rows):
-            rows = [row for row in self.rows if row.detector == detector]
-            columns = [column for column in _columns(rows) if column.text]
+            rows = _printed([row for row in self.rows if row.detector == detector])
             body = tabulate(
-                [[column.text(row) for column in columns] for row in rows],
-                headers=[column.header.replace(" ", line_break) for column in columns],
+                [row.values() for row in rows],
+                headers=[header.replace(" ", line_break) for header in rows[0]],
                 tablefmt=style,
-                colalign=["left", "left", *["right"] * (len(columns) - 2)],
+                colalign=["left", "left", *["right"] * (len(rows[0]) - 2)],
                 disable_numparse=True,
             )
             blocks.append(f"{title.format(detector)}\n{body}")
@@ -124,12 +122,12 @@ class ResultTable:
 
     def csv(self) -> str:
         """Renders the rows as CSV: means, deviations and bounds in columns of their own."""
-        columns = [item for column in _columns(self.rows) for item in column.csv.items()]
+        rows = _numbers(self.rows)
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(name for name, _ in columns)
-        for row in self.rows:
-            cells = (value(row) for _, value in columns)
+        writer.writerow(rows[0])
+        for row in rows:
+            cells = row.values()
             writer.writerow(round(cell, 4) if isinstance(cell, float) else cell for cell in cells)
         return buffer.getvalue()
 
@@ -409,122 +407,84 @@ def _tasks(rows: Sequence[Row]) -> list[str]:
     return [task for task in TASKS if task == "bbox" or task in found]
 
 
-def _published(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    found = {key for row in rows for key in row.paper}
-    return [(task, metric) for task in TASKS for metric in METRICS if (task, metric) in found]
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One column of the printed table, and what it is in CSV; without ``text`` in CSV alone."""
-
-    header: str
-    text: Callable[[Row], str] | None
-    csv: dict[str, Callable[[Row], object]]
-
-
-def _columns(rows: Sequence[Row]) -> list[_Column]:
-    tasks, published = _tasks(rows), _published(rows)
-    columns = [
-        _Column(
-            "method",
-            lambda row: row.method + (f" (n={row.runs})" if row.runs > 1 else ""),
-            {"method": lambda row: row.method},
-        ),
-        _Column("pair", lambda row: row.pair, {"pair": lambda row: row.pair}),
-        _Column("detector", None, {"detector": lambda row: row.detector}),
-        _Column("runs", None, {"runs": lambda row: row.runs}),
+def _paper_columns(rows: Sequence[Row]) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (task, metric) pairs and the tasks' gains that any row has a published number for."""
+    metrics = [
+        (task, metric)
+        for task in TASKS
+        for metric in METRICS
+        if any((task, metric) in row.paper for row in rows)
     ]
-    for task in tasks:
-        columns += [_metric_column(task, metric) for metric in METRICS]
-        columns += [
-            _estimate_column(f"{TASKS[task]} gain", "", "{:+.2f}", partial(_of_task, "gain", task)),
-            _estimate_column(
-                f"{TASKS[task]} gap closed", " %", "{:.0f}%", partial(_of_task, "gap_closed", task)
-            ),
-        ]
-    columns.append(
-        _Column(
-            "training time",
-            lambda row: _show_time(row.seconds),
-            {"training seconds": lambda row: row.seconds and row.seconds.mean},
-        )
-    )
-    columns += [_paper_column(task, metric) for task, metric in published]
-    for task in tasks:
-        if any(task in row.paper_gain for row in rows):
-            columns.append(
-                _number_column(
-                    f"paper {TASKS[task]} gain", "{:+.2f}", partial(_of_task, "paper_gain", task)
-                )
-            )
-    return columns
+    return metrics, [task for task in TASKS if any(task in row.paper_gain for row in rows)]
 
 
-def _of_task(name: str, task: str, row: Row):
-    return getattr(row, name).get(task)
+def _printed(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """The rows as text, by column."""
+    tasks, (paper, paper_gains) = _tasks(rows), _paper_columns(rows)
+    table = []
+    for row in rows:
+        seeds = f" (n={row.runs})" if row.runs > 1 else ""
+        cells = {"method": row.method + seeds, "pair": row.pair}
+        for task in tasks:
+            name = TASKS[task]
+            for metric in METRICS:
+                cells[f"{name} {metric}"] = _show(row.metrics.get((task, metric)))
+            cells[f"{name} gain"] = _show_estimate(row.gain.get(task), "{:+.2f}")
+            cells[f"{name} gap closed"] = _show_estimate(row.gap_closed.get(task), "{:.0f}%")
+        cells["training time"] = _show_time(row.seconds)
+        for task, metric in paper:
+            number = row.paper.get((task, metric))
+            cells[f"paper {TASKS[task]} {metric}"] = MISSING if number is None else f"{number:.2f}"
+        for task in paper_gains:
+            number = row.paper_gain.get(task)
+            cells[f"paper {TASKS[task]} gain"] = MISSING if number is None else f"{number:+.2f}"
+        table.append(cells)
+    return table
 
 
-def _metric_column(task: str, metric: str) -> _Column:
-    header = f"{TASKS[task]} {metric}"
-
-    def value(row: Row) -> Statistic | None:
-        return row.metrics.get((task, metric))
-
-    return _Column(
-        header,
-        lambda row: _show(value(row)),
-        {
-            header: lambda row: value(row) and value(row).mean,
-            f"{header} sd": lambda row: value(row) and value(row).deviation,
-        },
-    )
-
-
-def _estimate_column(
-    header: str, unit: str, style: str, value: Callable[[Row], Estimate | None]
-) -> _Column:
-    """A value with its interval: "+1.20 (+0.80 to +1.60)"."""
-
-    def text(row: Row) -> str:
-        estimate = value(row)
-        if estimate is None:
-            return MISSING
-        shown = style.format(estimate.mean)
-        if estimate.low is None:
-            return shown
-        return f"{shown} ({style.format(estimate.low)} to {style.format(estimate.high)})"
-
-    return _Column(
-        header,
-        text,
-        {
-            f"{header}{unit}": lambda row: value(row) and value(row).mean,
-            f"{header} low{unit}": lambda row: value(row) and value(row).low,
-            f"{header} high{unit}": lambda row: value(row) and value(row).high,
-        },
-    )
-
-
-def _number_column(header: str, style: str, value: Callable[[Row], float | None]) -> _Column:
-    def text(row: Row) -> str:
-        number = value(row)
-        return MISSING if number is None else style.format(number)
-
-    return _Column(header, text, {header: value})
-
-
-def _paper_column(task: str, metric: str) -> _Column:
-    header = f"paper {TASKS[task]} {metric}"
-    return _number_column(header, "{:.2f}", lambda row: row.paper.get((task, metric)))
+def _numbers(rows: Sequence[Row]) -> list[dict[str, object]]:
+    """The rows as numbers, by column of a CSV file."""
+    tasks, (paper, paper_gains) = _tasks(rows), _paper_columns(rows)
+    table = []
+    for row in rows:
+        cells = {"method": row.method, "pair": row.pair, "detector": row.detector, "runs": row.runs}
+        for task in tasks:
+            name = TASKS[task]
+            for metric in METRICS:
+                value = row.metrics.get((task, metric))
+                cells[f"{name} {metric}"] = value and value.mean
+                cells[f"{name} {metric} sd"] = value and value.deviation
+            for column, unit, estimate in (
+                (f"{name} gain", "", row.gain.get(task)),
+                (f"{name} gap closed", " %", row.gap_closed.get(task)),
+            ):
+                cells[f"{column}{unit}"] = estimate and estimate.mean
+                cells[f"{column} low{unit}"] = estimate and estimate.low
+                cells[f"{column} high{unit}"] = estimate and estimate.high
+        cells["training seconds"] = row.seconds and row.seconds.mean
+        for task, metric in paper:
+            cells[f"paper {TASKS[task]} {metric}"] = row.paper.get((task, metric))
+        for task in paper_gains:
+            cells[f"paper {TASKS[task]} gain"] = row.paper_gain.get(task)
+        table.append(cells)
+    return table
 
 
 def _show(value: Statistic | None) -> str:
     if value is None:
         return MISSING
-    if value.deviation is None:
-        return f"{value.mean:.2f}"
-    return f"{value.mean:.2f} ± {value.deviation:.2f}"
+    deviation = "" if value.deviation is None else f" ± {value.deviation:.2f}"
+    return f"{value.mean:.2f}{deviation}"
+
+
+def _show_estimate(value: Estimate | None, style: str) -> str:
+    """A value with its interval: "+1.20 (+0.80 to +1.60)"."""
+    if value is None:
+        return MISSING
+    interval = (
+        f" ({style} to {style})".format(value.low, value.high) if value.low is not None else ""
+    )
+    return style.format(value.mean) + interval
 
 
 def _show_time(value: Statistic | None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from kd_detectron.commands import INTERRUPTED_EXIT_CODE, exit_code
 from kd_detectron.data.synthetic import make_synthetic
 
-NUM_TRAIN = 800
+NUM_TRAIN = 600
 NUM_VAL = 100
 IMAGE_SIZE = (128, 128)
 
@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from kd_detectron.studies import study
 
     os.environ["DETECTRON2_DATASETS"] = str(data.resolve())
-    return study.main(["demo.yaml", "--output", output])
+    jobs = "2" if (os.cpu_count() or 1) > 1 else "1"
+    return study.main(["demo.yaml", "--output", output, "--jobs", jobs])
 
 
 def _on_torchvision(output: str, data: Path, iterations: int | None) -> int:

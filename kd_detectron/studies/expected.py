@@ -3,8 +3,8 @@
 ``tools/run_study.py STUDY --write-expected FILE`` records the APs of a finished study; a study file
 that names such a file (``expected:``) is compared with it at its end, and a run outside its range
 makes the command fail. A range is mean plus or minus three sample standard deviations over the
-seeds, at least :data:`LEAST_MARGIN` AP points to each side (other hardware computes other last
-digits, and a training from scratch makes points of AP out of them).
+seeds, at least :data:`LEAST_MARGIN` AP points to each side: rounding differs between machines, and
+in a training from scratch this can change AP by points.
 """
 
 import json

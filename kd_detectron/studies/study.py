@@ -32,7 +32,7 @@ from kd_detectron.studies.report import TEACHER, write_report
 from kd_detectron.studies.study_file import Study, StudyRun, load_study
 
 # glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
-# time on the CPU (docs/performance.md).
+# time on the CPU (docs/benchmarking.md).
 KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
@@ -86,7 +86,7 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
                 else:
                     tqdm.write(f"done: {one.run.folder}, {one.shown}")
     finally:
-        # Only after an interrupt are there any: each writes its checkpoint and ends.
+        # Runs are active here only after an interrupt: each writes its checkpoint and ends.
         for one in active:
             one.stop()
         signal.signal(signal.SIGTERM, previous)

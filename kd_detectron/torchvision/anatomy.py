@@ -1,7 +1,7 @@
 """What a torchvision detector is made of: its parts, feature levels, widths and class count.
 
-Nothing is taken from names or classes that can be measured: one image of zeros goes through the
-backbone, one pooled box of zeros through the box head, in eval mode and without gradient.
+Sizes are measured: one image of zeros is run through the backbone and one pooled box of zeros
+through the box head, in eval mode and without gradient.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ _MEASURED_SIZE = 256
 
 @dataclass(frozen=True)
 class Anatomy:
-    """What the adapter and the distillers must know of a detector.
+    """What the adapter and the distillers need to know about a detector.
 
     Attributes:
         levels: the context's name of each feature level, in the backbone's order.
@@ -44,14 +44,11 @@ class Anatomy:
 
 
 def read_anatomy(model: nn.Module, who: str) -> Anatomy:
-    """Reads a detector's anatomy off the model.
+    """Finds out a detector's parts and sizes.
 
     Args:
         model: a torchvision Faster, Mask or Keypoint R-CNN, RetinaNet or FCOS.
         who: "student" or "teacher", for messages.
-
-    Raises:
-        ConfigError: the model is another one.
     """
     has_boxes = (
         isinstance(model, GeneralizedRCNN)

@@ -12,9 +12,7 @@ from pathlib import Path
 import yaml
 
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher_result
-from kd_detectron.visualize.ap import plot_ap
-from kd_detectron.visualize.curves import plot_curves
+from kd_detectron.visualize.report import write_table_and_curves
 
 from .data import DetectionData
 from .models import build_detector
@@ -67,16 +65,8 @@ def run_demo(output: str | Path, data: str | Path, *, iterations: int | None = N
 
 def write_report(output: Path, runs: Mapping[str, TrainingOptions]) -> str:
     """Writes results.md, results.csv, ap.png, curves.png, predictions.png; returns the table."""
-    finished = {name: load_run(options.output) for name, options in runs.items()}
-    teacher = load_teacher_result(finished.pop(TEACHER).path)
-    names = {run.path: name for name, run in finished.items()}
-    table = build_table(list(finished.values()), teachers=[teacher], names=names)
-    (output / "results.md").write_text(table.markdown() + "\n", encoding="utf-8")
-    (output / "results.csv").write_text(table.csv(), encoding="utf-8")
-    teacher_ap = {task: scores["AP"] for task, scores in teacher.results.items()}
-    groups = {name: [run] for name, run in finished.items()}
-    plot_ap(groups, output / "ap.png", teacher_ap=teacher_ap)
-    plot_curves(groups, output / "curves.png", teacher_ap=teacher_ap)
+    students = {name: [load_run(runs[name].output)] for name in runs if name != TEACHER}
+    text = write_table_and_curves(output, students, teacher=Path(runs[TEACHER].output))
     models = {}
     for name, options in runs.items():
         detector, own, num_classes = detector_of_run(options.output)
@@ -85,7 +75,7 @@ def write_report(output: Path, runs: Mapping[str, TrainingOptions]) -> str:
         models[name] = model.eval()
     val = DetectionData(*next(iter(runs.values())).val, training=False)
     draw_detections(models, val, output / "predictions.png")
-    return table.text()
+    return text
 
 
 def _merged(common: Mapping, own: Mapping) -> dict:

@@ -17,7 +17,7 @@ from .anatomy import anchor_generator_of, read_anatomy
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
-# What is inherited as a whole where it fits; then the children of ROI heads, each by itself.
+# With "auto", each of these is inherited as a whole where it fits, and each child of the ROI heads.
 _PARTS = ("backbone.fpn", "rpn.head", "head")
 
 

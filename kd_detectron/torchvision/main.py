@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -16,9 +17,6 @@ from kd_detectron.commands import (
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 
 from .options import TrainingOptions
-
-_NUMBERS = ("iterations", "batch_size", "warmup", "eval_period", "checkpoint_period", "log_period",
-            "workers", "seed")  # fmt: skip
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -51,10 +49,10 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="YAML",
             help="arguments of the detector, e.g. '{min_size: 480}'",
         )
-    for name in _NUMBERS:
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int)
-    for name in ("learning_rate", "momentum", "weight_decay", "clip_gradients"):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float)
+    for one in fields(TrainingOptions):
+        if one.type in (int, float):
+            option = f"--{one.name.replace('_', '-')}"
+            parser.add_argument(option, type=one.type, help=f"default {one.default:g}")
     parser.add_argument("--steps", nargs="+", type=int)
     for name in ("precision", "devices", "accelerator"):
         parser.add_argument(f"--{name}", help="Lightning's")

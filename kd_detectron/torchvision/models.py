@@ -143,11 +143,7 @@ def _with_network(
 
 
 def fpn_backbone(network: nn.Module, out_channels: int) -> BackboneWithFPN:
-    """An FPN on a classification network's last layers of stride 4, 8, 16 and 32, and a pooled one.
-
-    Raises:
-        ConfigError: the network has no such layers.
-    """
+    """An FPN on a network's last layers of stride 4, 8, 16 and 32, with a pooled level."""
     body = network.features if hasattr(network, "features") else network
     last: dict[int, tuple[str, int]] = {}
     maps = torch.zeros(1, 3, _PIXELS, _PIXELS)

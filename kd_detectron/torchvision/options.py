@@ -1,4 +1,4 @@
-"""What a training on torchvision's detectors is told, and how it is written into a run folder.
+"""The options of a training on torchvision's detectors, and its ``config.yaml``.
 
 The run folder's ``config.yaml`` has the keys of Detectron2's config wherever these exist, so that
 ``tools/results_table.py`` and ``tools/visualize.py curves`` read both engines' runs.
@@ -76,11 +76,7 @@ class TrainingOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping) -> "TrainingOptions":
-        """Options from a YAML file's mapping.
-
-        Raises:
-            ConfigError: an unknown key, or a required one is missing.
-        """
+        """Options from a YAML file's mapping."""
         known = [one.name for one in fields(cls)]
         for key in values:
             if key not in known:

@@ -1,9 +1,9 @@
 """Taps: read tensors out of the student's own forward pass, so that no student layer runs twice.
 
-:class:`StudentTaps` puts hooks on a torchvision detector for the time of one ``with`` block and
-records what the detector itself computes. What torchvision keeps to itself is read where it passes
-by: the assigned classes at ``select_training_samples``, the sampled anchors at the RPN's sampler,
-both wrapped for the same time. All is taken away when the block ends, also when it fails.
+Inside a ``with`` block, :class:`StudentTaps` has hooks on a torchvision detector and records what
+the detector computes. Two functions are wrapped as well: ``select_training_samples``, which assigns
+the classes, and the RPN's sampler of anchors. Hooks and wrappers are removed when the block ends,
+also after an error.
 
 Legend: N images, R sampled proposals over the whole batch, F foreground ones among them, K
 foreground classes. Everything here is as torchvision has it, background first.
@@ -46,21 +46,26 @@ class StudentTaps:
         self.mask_boxes = self.mask_logits = None
 
     def __enter__(self) -> "StudentTaps":
-        model = self._model
-        self._after(model.transform, self._record_inputs)
-        self._after(model.backbone, self._record_features)
-        self._after(anchor_generator_of(model), self._record_anchors)
+        model, keep = self._model, vars(self).update
+        self._after(model.transform, lambda out: keep(images=out[0], targets=out[1]))
+        self._after(model.backbone, lambda out: keep(features=features_of(out)))
+        # The anchors of the first image, which are those of every image of the batch.
+        self._after(anchor_generator_of(model), lambda out: keep(anchors=out[0]))
         if self._anatomy.has_boxes:
             heads = model.roi_heads
-            self._after(model.rpn.head, self._record_rpn)
-            self._wrap(model.rpn, "fg_bg_sampler", self._record_sampled_anchors)
-            self._wrap(heads, "select_training_samples", self._record_samples)
-            self._before(heads.box_roi_pool, self._record_boxes)
-            self._after(heads.box_head, self._record_box_features)
-            self._after(heads.box_predictor, self._record_predictions)
+            self._after(model.rpn.head, lambda out: keep(objectness=out[0], anchor_deltas=out[1]))
+            self._wrap(model.rpn, "fg_bg_sampler", lambda out: keep(sampled_anchors=out))
+            self._wrap(
+                heads,
+                "select_training_samples",
+                lambda out: keep(labels=out[2], box_targets=out[3]),
+            )
+            self._before(heads.box_roi_pool, lambda maps, boxes, _: keep(proposal_boxes=boxes))
+            self._after(heads.box_head, lambda out: keep(box_features=out.flatten(1)))
+            self._after(heads.box_predictor, lambda out: keep(logits=out[0], box_deltas=out[1]))
             if self._anatomy.has_masks:
-                self._before(heads.mask_roi_pool, self._record_mask_boxes)
-                self._after(heads.mask_predictor, self._record_masks)
+                self._before(heads.mask_roi_pool, lambda maps, boxes, _: keep(mask_boxes=boxes))
+                self._after(heads.mask_predictor, lambda out: keep(mask_logits=out))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -86,36 +91,3 @@ class StudentTaps:
         setattr(owner, name, wrapped)
         undo = (lambda: setattr(owner, name, original)) if own else (lambda: delattr(owner, name))
         self._undo.append(undo)
-
-    def _record_inputs(self, output) -> None:
-        self.images, self.targets = output
-
-    def _record_features(self, output) -> None:
-        self.features = features_of(output)
-
-    def _record_anchors(self, output) -> None:
-        self.anchors = output[0]  # The same for every image of the batch.
-
-    def _record_rpn(self, output) -> None:
-        self.objectness, self.anchor_deltas = output
-
-    def _record_sampled_anchors(self, output) -> None:
-        self.sampled_anchors = output
-
-    def _record_samples(self, output) -> None:
-        _, _, self.labels, self.box_targets = output
-
-    def _record_boxes(self, features, boxes, image_sizes) -> None:
-        self.proposal_boxes = boxes
-
-    def _record_box_features(self, output) -> None:
-        self.box_features = output.flatten(1)
-
-    def _record_predictions(self, output) -> None:
-        self.logits, self.box_deltas = output
-
-    def _record_mask_boxes(self, features, boxes, image_sizes) -> None:
-        self.mask_boxes = boxes
-
-    def _record_masks(self, output) -> None:
-        self.mask_logits = output

@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.runs import files
 
@@ -78,21 +79,22 @@ class DetectionModule(lightning.LightningModule):
         )
 
     def train_dataloader(self):
-        o, share = self.options, self._share()
-        if o.batch_size % share[1]:
+        options, (rank, world_size) = self.options, self._share()
+        if options.batch_size % world_size:
             raise ConfigError(
-                f"batch_size is {o.batch_size} for {share[1]} processes; give a multiple of them"
+                f"batch_size is {options.batch_size} for {world_size} processes; give a multiple "
+                "of them"
             )
         batches = BatchesByIteration(
             len(self._data[0]),
-            o.batch_size,
-            o.iterations,
-            seed=o.seed,
+            options.batch_size,
+            options.iterations,
+            seed=options.seed,
             start=self._start,
-            rank=share[0],
-            world_size=share[1],
+            rank=rank,
+            world_size=world_size,
         )
-        return train_loader(self._data[0], batches, o.workers)
+        return train_loader(self._data[0], batches, options.workers)
 
     def val_dataloader(self):
         rank, world_size = self._share()
@@ -104,23 +106,20 @@ class DetectionModule(lightning.LightningModule):
         return self.trainer.global_rank, self.trainer.world_size
 
     def configure_optimizers(self):
-        o = self.options
+        options = self.options
         optimizer = torch.optim.SGD(
             [p for p in self.parameters() if p.requires_grad],
-            lr=o.learning_rate,
-            momentum=o.momentum,
-            weight_decay=o.weight_decay,
+            lr=options.learning_rate,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
         )
 
         def factor(step: int) -> float:
-            warm = min(1.0, 0.001 + 0.999 * step / o.warmup) if o.warmup else 1.0
-            return warm * 0.1 ** bisect_right(sorted(o.steps), step)
+            warm = min(1.0, 0.001 + 0.999 * step / options.warmup) if options.warmup else 1.0
+            return warm * 0.1 ** bisect_right(sorted(options.steps), step)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
-        }
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def on_train_batch_start(self, batch, batch_idx):
         # Sampled anchors and proposals are a function of seed and iteration, also when resumed.
@@ -192,7 +191,7 @@ class RunFolder(Callback):
         if trainer.global_step % self._options.log_period and not self._is_last(trainer):
             return
         means = {name: value / self._count for name, value in self._sums.items()}
-        total = sum(value for name, value in means.items())
+        total = sum(means.values())
         rate = trainer.optimizers[0].param_groups[0]["lr"]
         self._write(trainer, iteration, {"total_loss": total, **means, "lr": rate})
         self._sums, self._count = {}, 0
@@ -272,10 +271,11 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     model = build_model(options, len(data.class_names))
     folder.mkdir(parents=True, exist_ok=True)
     config = options.config(len(data.class_names))
-    _write_text(folder / files.CONFIG, yaml.safe_dump(config, sort_keys=False))
+    with atomic_open(folder / files.CONFIG, "w") as file:
+        yaml.safe_dump(config, file, sort_keys=False)
     checkpoint = folder / LAST_CHECKPOINT
     start = _iteration_of(checkpoint) if checkpoint.is_file() else 0
-    _forget_metrics_from(folder, start)
+    files.forget_metrics_from(folder, start)
     run_folder = RunFolder(options, start)
     trainer = lightning.Trainer(
         accelerator=options.accelerator,
@@ -370,19 +370,5 @@ def _iteration_of(checkpoint: Path) -> int:
         ) from error
 
 
-def _forget_metrics_from(folder: Path, start: int) -> None:
-    """Drops the lines that an interrupted run logged after its last checkpoint."""
-    kept = [record for record in files.read_metrics(folder) if record["iteration"] < start]
-    if (folder / files.METRICS).is_file():
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        _write_text(folder / files.METRICS, text)
-
-
 def _count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

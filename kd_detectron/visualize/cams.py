@@ -1,4 +1,4 @@
-"""Where each model looks: class-activation maps of several models for the same object.
+"""Class-activation maps of several models for the same object: where each model looks.
 
 Grad-CAM (arXiv 1610.02391), by the package ``grad-cam``. All models explain the same ground-truth
 box and class, whether they detected it or not: the box head classifies that box, and the gradient

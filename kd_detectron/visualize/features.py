@@ -57,9 +57,16 @@ def compare_features(
     for record in records:
         own, other = student.features(record), teacher.features(record)
         for level in own:
-            if level in other:
-                _check_shapes(student, teacher, level, own[level], other[level])
-                pairs.setdefault(level, []).append((own[level], other[level]))
+            if level not in other:
+                continue
+            shapes = [tuple(maps[level].shape) for maps in (own, other)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"level {level} is {shapes[0]} in {student.label} and {shapes[1]} in "
+                    f"{teacher.label}: compare models of the same FPN channels, strides and INPUT "
+                    "sizes"
+                )
+            pairs.setdefault(level, []).append((own[level], other[level]))
     if not pairs:
         raise ConfigError(
             f"{student.label} has the levels {', '.join(own)} and {teacher.label} "
@@ -109,9 +116,6 @@ def draw_feature_differences(
 
     Returns:
         The figure: the image, the maps level by level, a colour bar, and two bar charts.
-
-    Raises:
-        ConfigError: as ``compare_features``, or there is no student.
     """
     if not students:
         raise ConfigError("there is no student to compare with the teacher")
@@ -144,23 +148,13 @@ def draw_feature_differences(
     bar.set_label("1 - cosine (0: same)")
 
     charts = bottom.subplots(1, 2)
-    for axes, values, title, label in (
-        (
-            charts[0],
-            [one.difference for one in found],
-            f"Mean difference over {len(records)} images (lower: closer)",
-            "1 - cosine",
-        ),
-        (
-            charts[1],
-            [one.cka for one in found],
-            f"Alignment over {len(records)} images (higher: closer)",
-            "linear CKA",
-        ),
-    ):
-        _draw_bars(axes, levels, values, [student.label for student in students])
-        axes.set_title(title)
-        axes.set_ylabel(label)
+    labels = [student.label for student in students]
+    _draw_bars(charts[0], levels, [one.difference for one in found], labels)
+    charts[0].set_title(f"Mean difference over {len(records)} images (lower: closer)")
+    charts[0].set_ylabel("1 - cosine")
+    _draw_bars(charts[1], levels, [one.cka for one in found], labels)
+    charts[1].set_title(f"Alignment over {len(records)} images (higher: closer)")
+    charts[1].set_ylabel("linear CKA")
     handles, labels = charts[0].get_legend_handles_labels()
     bottom.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return save_figure(figure, path)
@@ -181,17 +175,3 @@ def _draw_bars(axes, levels: Sequence[str], values: Sequence[dict], labels: Sequ
     axes.set_xticks(positions, levels)
     axes.set_xlabel("FPN level")
     axes.margins(y=0.12)
-
-
-def _check_shapes(
-    student: LoadedModel,
-    teacher: LoadedModel,
-    level: str,
-    own: torch.Tensor,
-    other: torch.Tensor,
-) -> None:
-    if own.shape != other.shape:
-        raise ConfigError(
-            f"level {level} is {tuple(own.shape)} in {student.label} and {tuple(other.shape)} in "
-            f"{teacher.label}: compare models of the same FPN channels, strides and INPUT sizes"
-        )

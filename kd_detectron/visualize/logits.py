@@ -1,4 +1,4 @@
-"""What the box heads say of the same boxes: the correlations between the classes' logits.
+"""Correlations between the classes' logits, of several models on the same boxes.
 
 Every model classifies the same ground-truth boxes, so that logits compare box by box. Correlation
 (one of the analyses of CKD, arXiv 2404.14109): the correlation between the logits of every two

@@ -1,4 +1,4 @@
-"""What ``tools/visualize.py`` does: reads the runs, draws one picture, writes it to a file.
+"""The command ``tools/visualize.py``: reads the runs, draws one picture, writes it to a file.
 
 RUN is a run folder (OUTPUT_DIR). The teacher is the one that the first distilled run names; the
 images are those of its DATASETS.TEST, chosen by --seed. Pictures of models import Detectron2 when

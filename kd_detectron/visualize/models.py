@@ -194,11 +194,7 @@ def load_run_student(
 
 
 def load_run_teacher(run_folder: str | Path, *, label: str = "") -> LoadedModel:
-    """Loads the teacher that a run's config names in ``KD.TEACHER``.
-
-    Raises:
-        ConfigError: the run names no teacher, or it is not found or does not fit its checkpoint.
-    """
+    """Loads the teacher that a run's config names in ``KD.TEACHER``."""
     cfg = load_run_config(run_folder)
     cfg.MODEL.DEVICE = _device(cfg)
     return load_configured_teacher(cfg, label=label)
@@ -213,9 +209,6 @@ def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
         config: the config's name or path.
         weights: its checkpoint; empty for the model zoo's.
         label: what to call it; by default its backbone.
-
-    Raises:
-        ConfigError: config or checkpoint is not found, or they do not fit.
     """
     cfg = get_config("baseline_rcnn_r18.yaml")
     cfg.MODEL.DEVICE = _device(cfg)
@@ -230,9 +223,6 @@ def load_configured_teacher(cfg: CfgNode, *, label: str = "") -> LoadedModel:
     Args:
         cfg: a whole config.
         label: what to call it; by default "teacher" and its backbone, or its LazyConfig file.
-
-    Raises:
-        ConfigError: its config or checkpoint is not found, or they do not fit.
     """
     file = cfg.KD.TEACHER.CONFIG_FILE
     if file.endswith(".py"):
@@ -356,11 +346,7 @@ def choose_records(records: Sequence[dict], count: int, *, seed: int = 0) -> lis
 
 
 def find_records(records: Sequence[dict], names: Sequence[str]) -> list[dict]:
-    """Finds records by file name, with or without its folder, or by image id.
-
-    Raises:
-        ConfigError: a name fits no record.
-    """
+    """Finds records by file name, with or without its folder, or by image id."""
     by_name = {str(record.get("image_id")): record for record in records}
     by_name |= {Path(record["file_name"]).name: record for record in records}
     for name in names:
@@ -372,11 +358,7 @@ def find_records(records: Sequence[dict], names: Sequence[str]) -> list[dict]:
 
 
 def check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:
-    """Refuses a model whose number of classes is not the dataset's.
-
-    Raises:
-        ConfigError: naming both numbers.
-    """
+    """Refuses a model whose number of classes is not the dataset's."""
     check_number_of_classes(model.label, model.model, class_names)
 
 

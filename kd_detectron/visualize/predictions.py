@@ -171,7 +171,7 @@ def class_colours(used: Sequence[int], num_classes: int) -> dict[int, tuple]:
     """Returns a colour for each class that a figure uses.
 
     With few classes a class has the same colour in every figure; with many, the classes of one
-    figure are told apart instead.
+    figure differ in colour instead.
     """
     few = num_classes <= len(_COLOURS)
     colours = {}

@@ -255,8 +255,8 @@ def refused(capsys, path, opts, words):
             ["'lazy_shape'", "lazy_shapes?", "DATASETS.TRAIN is dataloader.train.dataset.names"],
         ),
         (
-            ["model.roi_heads.num_classes=6", "model.teacher.opts.1=6"],
-            ["lazy_shapes", "NUM_CLASSES is 6", "is model.roi_heads.num_classes"],
+            ["model.roi_heads.num_classes=9", "model.teacher.opts.1=9"],
+            ["lazy_shapes", "NUM_CLASSES is 9", "is model.roi_heads.num_classes"],
         ),
         (
             ["dataloader.train.total_batch_size=0"],

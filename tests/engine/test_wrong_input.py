@@ -162,10 +162,11 @@ CHECKPOINTS = {
     "missing": lambda file: None,
     "code": lambda file: torch.save({"model": {"a": torch.zeros(1)}, "x": RunsCode()}, file),
     "other": lambda file: torch.save({"nothing.weight": torch.zeros(3)}, file),
+    # Of the box predictor alone, its weight in another shape.
     "half": lambda file: torch.save(
         {
-            f"roi_heads.box_predictor.cls_score.{x}": torch.zeros(len(SYNTHETIC_CLASSES) + 1)
-            for x in ("bias", "weight")
+            f"roi_heads.box_predictor.cls_score.{name}": torch.zeros(CLASSES[1] + 1)
+            for name in ("bias", "weight")
         },
         file,
     ),
@@ -244,7 +245,7 @@ CASES = {
     "untrained teacher": (teacher(SMALL, ""), ["KD.TEACHER.WEIGHTS is empty", "trained teacher"]),
     "teacher's classes": (
         teacher([*SMALL, "MODEL.ROI_HEADS.NUM_CLASSES", 5]),
-        ["MODEL.ROI_HEADS.NUM_CLASSES is 4 for the student and 5 for the teacher"],
+        [f"MODEL.ROI_HEADS.NUM_CLASSES is {CLASSES[1]} for the student and 5 for the teacher"],
     ),
     "teacher's order": (
         other_order_of_the_teacher,
@@ -319,7 +320,10 @@ CASES = {
     "empty boxes": (data(in_all("annotations", bbox=[3, 3, 0, -1])), ["no usable", "without area"]),
     "outside": (data(in_all("annotations", bbox=[900, 3, 5, 5])), ["no usable", "outside"]),
     "category ids": (data(in_all("annotations", category_id=77)), ["category ids 77"]),
-    "class count": (CLASSES[:1] + [9], ["4 classes", "MODEL.ROI_HEADS.NUM_CLASSES is 9", "to 4"]),
+    "class count": (
+        CLASSES[:1] + [9],
+        [f"{CLASSES[1]} classes", "MODEL.ROI_HEADS.NUM_CLASSES is 9", f"to {CLASSES[1]}"],
+    ),
     "class order": (other_order_in_the_test_set, ["DATASETS.TEST 'other_shapes'", "same order"]),
     "images missing": (missing_images, ["all 3 images are not on disk", "/images/"]),
     "malformed": (data(in_all("annotations", bbox=[1, 2])), ["bbox [1, 2]", "width, height"]),

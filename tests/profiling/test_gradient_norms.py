@@ -53,16 +53,10 @@ def test_command_prints_a_table_and_writes_nothing(tmp_path, monkeypatch, capsys
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "data"))
     name = f"train_{tmp_path.name}"
     opts = ["DATASETS.COCO_FORMAT", [[name, "train.json", "train"]], "DATASETS.TRAIN", (name,)]
-    opts += [
-        "DATASETS.TEST",
-        (),
-        "MODEL.ROI_HEADS.NUM_CLASSES",
-        len(SYNTHETIC_CLASSES),
-        "OUTPUT_DIR",
-        str(tmp_path / "o"),
-    ]
+    classes = ["MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)]
+    opts += ["DATASETS.TEST", (), *classes, "OUTPUT_DIR", str(tmp_path / "o")]
     cfg = distilled_cfg(tmp_path, ["ReviewKD"], opts)
-    cfg.KD.TEACHER.OPTS = ["MODEL.ROI_HEADS.NUM_CLASSES", len(SYNTHETIC_CLASSES)]
+    cfg.KD.TEACHER.OPTS = classes
     (tmp_path / "run.yaml").write_text(cfg.dump())
     assert main(["--config-file", str(tmp_path / "run.yaml"), "--batches", "1"]) == 0
     printed = capsys.readouterr().out

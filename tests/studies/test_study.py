@@ -109,7 +109,7 @@ RUN_B = "{name: b, config: demo/baseline.yaml}"
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("runs: [{name: a, config: demo/teacher_r18.yaml, sedes: [1]}]", ["sedes", "seeds"]),
+        ("runs: [{name: a, config: demo/teacher_r34.yaml, sedes: [1]}]", ["sedes", "seeds"]),
         ("runs: [{name: a, config: demo/teachr.yaml}]", ["teachr.yaml"]),
         ("rons: []", ["rons", "runs"]),
         (f"expected: none.json\nruns: [{RUN}]", ["expected", "none.json"]),
@@ -160,14 +160,14 @@ def test_defaults_hold_where_a_run_says_nothing_else(tmp_path):
         "output: out\n"
         "defaults: {config: demo/baseline.yaml, seeds: [1, 2], opts: [SOLVER.MAX_ITER, 7]}\n"
         "runs:\n"
-        "  - {name: teacher, config: demo/teacher_r18.yaml, seeds: null}\n"
+        "  - {name: teacher, config: demo/teacher_r34.yaml, seeds: null}\n"
         "  - {name: a}\n"
         "  - {name: b, seeds: [3], opts: [SOLVER.MAX_ITER, 9]}\n"
     )
     runs = {str(run.folder): run for run in studies.load_study(str(file)).runs}
     assert sorted(runs) == ["out/a/seed1", "out/a/seed2", "out/b/seed3", "out/teacher"]
     assert [runs[f"out/{n}"].max_iter for n in ("teacher", "a/seed1", "b/seed3")] == [7, 7, 9]
-    assert runs["out/teacher"].config == "demo/teacher_r18.yaml"
+    assert runs["out/teacher"].config == "demo/teacher_r34.yaml"
     assert runs["out/a/seed2"].config == "demo/baseline.yaml"
 
 

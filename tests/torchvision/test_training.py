@@ -7,6 +7,7 @@ import torch
 import yaml
 from run_folders_torchvision import SMALL, options, tiny_data  # noqa: F401
 
+from kd_detectron.data.synthetic import SYNTHETIC_CLASSES
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import load_run
 from kd_detectron.runs.tables import build_table, load_teacher_result
@@ -58,7 +59,9 @@ def test_final_weights_are_the_plain_students(runs):
     config = yaml.safe_load((runs / "ckd_reviewkd" / "config.yaml").read_text())
     node = config["MODEL"]["TORCHVISION"]
     weights = str(runs / "ckd_reviewkd" / "model_final.pth")
-    build_detector(node["DETECTOR"], 8, weights=weights, options=node["OPTIONS"])
+    build_detector(
+        node["DETECTOR"], len(SYNTHETIC_CLASSES), weights=weights, options=node["OPTIONS"]
+    )
 
 
 def test_interrupted_run_goes_on_from_its_checkpoint(runs, tiny_data, tmp_path, monkeypatch):  # noqa: F811

@@ -71,7 +71,7 @@ def test_hooks_are_gone_afterwards(model):
     assert not any(module._forward_hooks for module in model.model.modules())
 
 
-def test_one_panel_an_object_and_model(write_trained_run, model, tmp_path, check_picture):
+def test_one_panel_per_object_and_model(write_trained_run, model, tmp_path, check_picture):
     other = load_run_student(write_trained_run("b", distillers=["CKD"], ap=[34.0], seed=3))
     records, names = dataset_records(model.cfg)
     figure = draw_cams([model, other], records[:2], names, tmp_path / "cam.png")

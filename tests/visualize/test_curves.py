@@ -27,7 +27,7 @@ def titles(figure):
     return [axes.get_title() for axes in figure.axes]
 
 
-def test_one_panel_a_quantity_and_one_colour_a_method(write_run, tmp_path, check_picture):
+def test_one_panel_per_quantity_and_one_colour_per_method(write_run, tmp_path, check_picture):
     runs = [
         curve_run(write_run, "a"),
         curve_run(write_run, "b", ["CKD", "ReviewKD"], seed=1),

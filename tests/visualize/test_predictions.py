@@ -23,7 +23,7 @@ def models(write_trained_run):
     ]
 
 
-def test_one_panel_an_image_and_model_beside_the_ground_truth(models, tmp_path, check_picture):
+def test_one_panel_per_image_and_model_beside_the_ground_truth(models, tmp_path, check_picture):
     records, names = dataset_records(models[0].cfg)
     figure = draw_predictions(
         models, choose_records(records, 2), names, tmp_path / "p.png", score_threshold=0.0

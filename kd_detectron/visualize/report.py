@@ -1,0 +1,40 @@
+"""The files that every comparison of runs ends with: result table, AP picture and curves."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kd_detectron.runs.run import Run
+from kd_detectron.runs.tables import build_table, load_teacher_result
+from kd_detectron.visualize.ap import plot_ap
+from kd_detectron.visualize.curves import plot_curves
+
+
+def write_table_and_curves(
+    folder: Path,
+    methods: Mapping[str, Sequence[Run]],
+    *,
+    teacher: Path | None = None,
+    published: Mapping | None = None,
+) -> str:
+    """Writes ``results.md``, ``results.csv``, ``ap.png`` and ``curves.png``.
+
+    Args:
+        folder: where to write them.
+        methods: the finished students' runs (seeds) by the name of their row.
+        teacher: the run folder of the teacher.
+        published: published numbers to show beside, as in :func:`build_table`.
+
+    Returns:
+        The table as text, to be printed.
+    """
+    runs = [run for seeds in methods.values() for run in seeds]
+    names = {run.path: name for name, seeds in methods.items() for run in seeds}
+    teachers = [load_teacher_result(teacher)] if teacher else []
+    table = build_table(runs, teachers=teachers, published=published, names=names)
+    (folder / "results.md").write_text(table.markdown() + "\n", encoding="utf-8")
+    (folder / "results.csv").write_text(table.csv(), encoding="utf-8")
+    results = teachers[0].results if teachers else {}
+    teacher_ap = {task: values["AP"] for task, values in results.items() if "AP" in values}
+    plot_ap(methods, folder / "ap.png", teacher_ap=teacher_ap)
+    plot_curves(methods, folder / "curves.png", teacher_ap=teacher_ap)
+    return table.text()
