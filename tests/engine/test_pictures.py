@@ -127,7 +127,7 @@ def test_what_cannot_be_drawn_is_left_out_with_a_reason(
     hook = TrainingPictures(cfg, build_model(cfg))
     hook.before_train()
     assert {model.label for model in hook._shown_models} == shown
-    assert (hook._seen_by_teacher is None) == (warning is None or "difference" in warning)
+    assert (hook._teacher_outputs is None) == (warning is None or "difference" in warning)
     warnings = [record.getMessage() for record in caplog.records if "VIS_" in record.getMessage()]
     assert len(warnings) == (warning is not None)
     assert all(re.search(warning, text) for text in warnings)
