@@ -31,6 +31,8 @@ COMMANDS = {
     "visualize": "kd_detectron.visualize.main",
     "benchmark": "kd_detectron.profiling.report",
     "gradient_norms": "kd_detectron.profiling.gradient_norms",
+    "gpu_report": "kd_detectron.profiling.gpu_command",
+    "label": "kd_detectron.labelling.main",
 }
 
 

@@ -324,6 +324,18 @@ def _is_box(value) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
+def _is_mask(value) -> bool:
+    """Whether Detectron2 can read it: nothing, polygons or RLE; of a polygon, the first number."""
+    if not value:
+        return True
+    if isinstance(value, dict):
+        counts = value.get("counts")
+        return isinstance(counts, str) or (isinstance(counts, list) and "size" in value)
+    return isinstance(value, list) and all(
+        isinstance(polygon, list) and all(map(_is_number, polygon[:1])) for polygon in value
+    )
+
+
 IMAGE_ID = (lambda value: _is_whole(value) or isinstance(value, str), "a whole number or text")
 CATEGORY_RULES = [("id", _is_whole, "a whole number"), ("name", _is_text, "text")]
 IMAGE_RULES = [
@@ -337,6 +349,11 @@ ANNOTATION_RULES = [
     ("image_id", *IMAGE_ID),
     ("category_id", _is_whole, "a whole number"),
     ("bbox", _is_box, "[x, y, width, height] in pixels"),
+    (
+        "segmentation",
+        _is_mask,
+        "polygons [[x1, y1, x2, y2, ...], ...] or RLE with 'size' and 'counts'",
+    ),
     ("ignore", lambda value: not value, "0 (set 'iscrowd' instead)"),
 ]
 # What the COCO evaluation reads, that is only after the training.

@@ -102,8 +102,8 @@ def read_result(folder: str | Path) -> dict:
     """Returns a run's ``result.json``, {} where it is missing.
 
     Raises:
-        ConfigError: it is no JSON object, or its "results", "iterations" or "seconds" are of a
-            wrong type.
+        ConfigError: it is no JSON object, or its "results", "iterations", "seconds" or "seed" are
+            of a wrong type or not finite.
     """
     path = Path(folder) / RESULT
     if not path.is_file():
@@ -115,9 +115,11 @@ def read_result(folder: str | Path) -> dict:
         raise ConfigError(f"{path} is not readable JSON ({error}); {advice}") from error
     if not isinstance(record, dict):
         raise ConfigError(f"{path} holds a {type(record).__name__}, not a JSON object; {advice}")
-    for key, types in (("results", dict), ("iterations", int), ("seconds", int | float)):
+    known = {"results": dict, "iterations": int, "seconds": int | float, "seed": int}
+    for key, types in known.items():
         value = record.get(key)
-        if value is not None and not isinstance(value, types):
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        if value is not None and (infinite or not isinstance(value, types)):
             raise ConfigError(
                 f'{path}: "{key}" is {value!r}, which is no '
                 f"{'JSON object' if types is dict else 'number'}; {advice}"
@@ -147,7 +149,8 @@ def is_finished(folder: str | Path) -> bool:
         return False
     last = max((record["iteration"] for record in read_metrics(folder)), default=0)
     # The last evaluation is recorded one iteration after the last step.
-    return last <= result.get("iterations", last)
+    iterations = result.get("iterations")
+    return iterations is None or last <= iterations
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:

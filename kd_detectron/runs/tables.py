@@ -25,6 +25,7 @@ from statistics import fmean
 from tabulate import tabulate
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import read_result
 from kd_detectron.runs.groups import (
     MISSING,
     TEACHER,
@@ -171,6 +172,12 @@ def build_table(
         teachers = [_with_detector(teacher) for teacher in teachers]
     notes: list[str] = []
     rows = [_teacher_row(teacher, groups[0][0], published) for teacher in teachers]
+    notes += [
+        f"The teacher {teacher.run.path} has no AP: its evaluation found no object. No share of "
+        "its gap is shown."
+        for teacher in teachers
+        if teacher.run and not teacher.results
+    ]
     for group, label in zip(groups, group_names(groups), strict=True):
         run = group[0]
         label = names.get(run.path, label)
@@ -226,7 +233,8 @@ def load_teacher_result(path: str | Path, dataset: str = "") -> TeacherResult:
     """Reads a teacher's AP from a run folder or from a JSON file.
 
     Args:
-        path: a run folder, or a JSON object with ``"AP"`` (box AP) and any other metrics, or with
+        path: a run folder (of a teacher that detected nothing there are no results), or a JSON
+            object with ``"AP"`` (box AP) and any other metrics, or with
             ``"bbox"`` and ``"segm"`` objects of them, or with these under ``"results"``; an
             optional ``"name"`` ("R101") and ``"detector"`` ("Mask R-CNN") limit it to the rows of
             that teacher and that detector.
@@ -238,7 +246,7 @@ def load_teacher_result(path: str | Path, dataset: str = "") -> TeacherResult:
     path = Path(path)
     if path.is_dir():
         run = load_run(path, dataset)
-        if not run.results:
+        if not run.results and not _was_evaluated(run):
             raise ConfigError(
                 f"the teacher's run folder {path} holds no AP: it was never evaluated"
             )
@@ -257,6 +265,13 @@ def load_teacher_result(path: str | Path, dataset: str = "") -> TeacherResult:
         if kept:
             return TeacherResult(kept, record.get("name"), record.get("detector"))
     raise ConfigError(f'the teacher\'s file {path} holds no "AP": write {{"AP": 42.0}} into it')
+
+
+def _was_evaluated(run: Run) -> bool:
+    """Whether the run has results; Detectron2's AP is NaN where nothing was detected."""
+    return bool(read_result(run.path).get("results")) or any(
+        f"{task}/AP" in values for values in run.history.values() for task in TASKS
+    )
 
 
 def published_numbers() -> dict:

@@ -16,7 +16,7 @@ def write_table_and_curves(
     teacher: Path | None = None,
     published: Mapping | None = None,
 ) -> str:
-    """Writes ``results.md``, ``results.csv``, ``ap.png`` and ``curves.png``.
+    """Writes ``results.md``, ``results.csv``, ``ap.png`` (where a run has an AP), ``curves.png``.
 
     Args:
         folder: where to write them.
@@ -35,6 +35,8 @@ def write_table_and_curves(
     (folder / "results.csv").write_text(table.csv(), encoding="utf-8")
     results = teachers[0].results if teachers else {}
     teacher_ap = {task: values["AP"] for task, values in results.items() if "AP" in values}
-    plot_ap(methods, folder / "ap.png", teacher_ap=teacher_ap)
+    (folder / "ap.png").unlink(missing_ok=True)
+    if any("AP" in values for run in runs for values in run.results.values()):
+        plot_ap(methods, folder / "ap.png", teacher_ap=teacher_ap)
     plot_curves(methods, folder / "curves.png", teacher_ap=teacher_ap)
     return table.text()

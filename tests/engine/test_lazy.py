@@ -132,6 +132,18 @@ def test_trains_and_writes_the_student_alone(config):
     assert result["teacher_parameters"] > 0 and result["distiller_parameters"] > 0
 
 
+def test_options_of_distributed_training_are_those_of_the_file(config, monkeypatch):
+    path, output = config
+    given = []
+    monkeypatch.setattr(
+        "kd_detectron.engine.lazy.create_ddp_model",
+        lambda model, **options: given.append(options) or model,
+    )
+    opts = ["train.max_iter=1", "train.ddp.find_unused_parameters=True"]
+    assert main(["--config-file", path, *opts]) == 0
+    assert given[0]["find_unused_parameters"] is True
+
+
 # Distillers of the FPN's maps, the RPN and the boxes, with a teacher of the same anchors and width.
 OTHER_OUTPUTS = """
 from kd_detectron.distillers import PKD, RPNKD, BoxKD

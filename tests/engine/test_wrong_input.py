@@ -333,7 +333,11 @@ CASES = {
         ["MODEL.MASK_ON is True", "no 'segmentation'"],
     ),
     "format of masks": (
-        data(in_all("annotations", segmentation={"size": [64, 64]}), "MODEL.MASK_ON", True),
+        data(
+            in_all("annotations", segmentation={"size": [64, 64], "counts": "a"}),
+            "MODEL.MASK_ON",
+            True,
+        ),
         ["INPUT.MASK_FORMAT is 'polygon'", "bitmask"],
     ),
     "keypoints": (["MODEL.KEYPOINT_ON", True], ["MODEL.KEYPOINT_ON is True", "no 'keypoints'"]),

@@ -341,6 +341,24 @@ def test_malformed_entry_is_named(make_cfg, tmp_path, change, message, make_coco
     refused(cfg, message)
 
 
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        *([1, 1, 5, 1, 5, 5], [["1", "1", "5", "1", "5", "5"]], "1 1 5 1 5 5"),
+        *({"size": [24, 16]}, {"size": [24, 16], "counts": 5}, {"counts": [10, 5, 369]}),
+    ],
+)
+def test_mask_that_detectron2_cannot_read_is_refused(make_cfg, make_coco, mask, masks):
+    # Detectron2 reads the masks of a file, whether the model learns them or not.
+    content = make_coco(3)
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = mask
+    cfg = make_cfg(content)
+    cfg.MODEL.MASK_ON = masks
+    refused(cfg, "3 of 3 annotations have no valid 'segmentation'", "polygons", "RLE")
+
+
 def test_image_ids_may_be_text_if_all_are(make_cfg, make_coco):
     content = make_coco(3)
     cfg = make_cfg(content)

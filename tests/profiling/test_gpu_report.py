@@ -2,10 +2,8 @@
 
 import importlib
 import json
-import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,8 @@ import torch
 from kd_detectron.config import find_config
 from kd_detectron.errors import ConfigError
 from kd_detectron.profiling import gpu_report
+from kd_detectron.profiling.gpu_command import main
 
-TOOL = Path(__file__).parents[2] / "tools" / "gpu_report.py"
 SMALL = {"device": "cpu", "small": True}
 
 
@@ -120,7 +118,6 @@ def test_commands_train_resume_evaluate_and_export(tmp_path):
 
 
 def test_tables_and_teacher_variants_are_written_and_survive_a_config_that_fails(tmp_path, capsys):
-    main = runpy.run_path(str(TOOL))["main"]
     output = tmp_path / "reports" / "report.json"
     arguments = ["--parts", "tables", "teacher", "--repeats", "1", "--size", "64", "96"]
     arguments += ["--configs", "ckd_rcnn_r101_r18.yaml", "no_such.yaml", "--images", "1"]

@@ -35,13 +35,24 @@ def test_result_is_read_as_written_and_nan_is_null(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["[1]", "{", {"results": [1]}, {"iterations": "many"}, {"seconds": "1h"}]
+    "content",
+    [
+        *("[1]", "{", {"results": [1]}, {"iterations": "many"}, {"seconds": "1h"}),
+        *({"seconds": float("nan")}, {"seed": "first"}, {"seed": [1]}),
+    ],
 )
 def test_odd_result_is_one_sentence_with_the_fix(tmp_path, content):
     text = content if isinstance(content, str) else json.dumps(content)
     (tmp_path / "result.json").write_text(text)
     with pytest.raises(ConfigError, match=r"result\.json.*remove it"):
         files.read_result(tmp_path)
+
+
+def test_finished_run_whose_result_does_not_tell_its_iterations_is_finished(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"iteration": 9}\n')
+    for record in ({"finished": True}, {"finished": True, "iterations": None}):
+        files.write_result(tmp_path, record)
+        assert files.is_finished(tmp_path)
 
 
 def test_last_checkpoint_is_the_one_that_the_tag_names(tmp_path):

@@ -196,6 +196,18 @@ def test_teacher_can_be_a_run_folder(write_run):
     assert table.rows[-1].gap_closed == {"bbox": Estimate(40.0)}
 
 
+def test_teacher_that_detected_nothing_is_said_to_have_no_ap(write_run):
+    ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0]))
+    baseline = load_run(write_run("baseline", ap=[30.0]))
+    teacher = write_run("teacher", depth=101, ap=[None])
+    table = build_table([baseline, ckd], teachers=[load_teacher_result(teacher)])
+    assert "teacher has no AP: its evaluation found no object" in table.notes[0]
+    assert table.rows[0].metrics == {} and table.rows[-1].gap_closed == {}
+    assert table.rows[-1].gain == {"bbox": Estimate(4.0)} and table.text()
+    with pytest.raises(ConfigError, match="was never evaluated"):
+        load_teacher_result(write_run("other"))
+
+
 def test_box_ap_of_a_teacher_file_is_no_mask_rcnn_in_a_mixed_table(write_run, teacher_file):
     runs = [
         load_run(write_run("baseline", ap=[30.0])),

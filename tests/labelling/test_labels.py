@@ -1,7 +1,6 @@
 """Labels from a teacher: a COCO-format file that trains, whatever happens while it is written."""
 
 import json
-import runpy
 from pathlib import Path
 
 import cv2
@@ -15,16 +14,16 @@ from torch import nn
 
 from kd_detectron.data import build_train_loader, register_coco_format
 from kd_detectron.errors import ConfigError
-from kd_detectron.labelling import (
+from kd_detectron.labelling.labels import (
     Labeller,
     categories_of,
     find_images,
     label_images,
     parse_thresholds,
 )
+from kd_detectron.labelling.main import main
 from kd_detectron.preflight.data import check_datasets
 
-TOOL = Path(__file__).parents[1] / "tools" / "label_images.py"
 CATEGORIES = [{"id": 3, "name": "red"}, {"id": 5, "name": "white"}, {"id": 9, "name": "plate"}]
 NAMES = [category["name"] for category in CATEGORIES]
 
@@ -223,7 +222,6 @@ def test_command_labels_with_a_real_teacher_and_its_file_trains(folder, tmp_path
         ],
     )
     output = tmp_path / "labels" / "new.json"
-    main = runpy.run_path(str(TOOL))["main"]
     arguments = ["--teacher", teacher, "--weights", "none", "--images", folder]
     arguments += ["--skip-labelled", known, "--output", str(output), "--workers", "0"]
     assert main([*arguments, "--score-threshold", "0.0"]) == 0
@@ -243,7 +241,6 @@ def test_command_labels_with_a_real_teacher_and_its_file_trains(folder, tmp_path
 
 
 def test_command_says_mistakes_in_one_sentence(folder, tmp_path, capsys):
-    main = runpy.run_path(str(TOOL))["main"]
     assert main(["--images", folder, "--output", str(tmp_path / "o.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: no teacher is named") and error.count("\n") == 1
