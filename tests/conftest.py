@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from kd_detectron.distillers import DISTILLER_REGISTRY
+
 DETECTRON2_IS_MISSING = importlib.util.find_spec("detectron2") is None
 
 slow: set[str] = set()
@@ -48,6 +50,15 @@ def no_datasets_left_behind():
         module.DatasetCatalog.remove(name)
         if name in module.MetadataCatalog:
             module.MetadataCatalog.remove(name)
+
+
+@pytest.fixture(autouse=True)
+def no_distillers_left_behind():
+    """Distillers that a test registers are removed; fvcore's registry has no public way to."""
+    known = dict(DISTILLER_REGISTRY)
+    yield
+    for name in {name for name, _ in DISTILLER_REGISTRY} - set(known):
+        DISTILLER_REGISTRY._obj_map.pop(name)
 
 
 # ---- tests that need Detectron2, where it is not installed ----

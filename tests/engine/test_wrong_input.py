@@ -44,12 +44,10 @@ model.input_format = "BGR"
 OWN_DISTILLER = """
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
 
+@DISTILLER_REGISTRY.register()
 class OfWrongInput(Distiller):
     def __init__(self, student, teacher, *, factor=1.0):
         super().__init__()
-
-if "OfWrongInput" not in DISTILLER_REGISTRY:  # another test may have registered it
-    DISTILLER_REGISTRY.register(OfWrongInput)
 """
 
 
