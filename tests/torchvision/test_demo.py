@@ -20,7 +20,7 @@ def test_demo_runs_where_detectron2_is_not_installed_and_goes_on_from_where_it_w
     done = python_without_detectron2(*command)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [
-        line.split()[0] for line in done.stdout.splitlines() if "MV2" in line or " R18 " in line
+        line.split()[0] for line in done.stdout.splitlines() if "R34" in line or " R18 " in line
     ]
     assert rows[:4] == ["teacher", "baseline", "ckd_reviewkd", "recipe"]
     names = ["results.md", "results.csv", "ap.png", "curves.png", "predictions.png"]
