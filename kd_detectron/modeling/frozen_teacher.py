@@ -17,7 +17,6 @@ Legend: N images, R sampled proposals over the whole batch, F foreground ones am
 foreground classes.
 """
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from detectron2.structures import Boxes, ImageList
 from torch import nn
 
 from kd_detectron.config import add_kd_config
+from kd_detectron.context import teacher_precision
 from kd_detectron.distillers.base import ModelSpec
 from kd_detectron.errors import ConfigError
 
@@ -192,20 +192,8 @@ class FrozenTeacher:
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    @contextlib.contextmanager
     def _running(self):
-        device = self.model.pixel_mean.device
-        dtype = torch.bfloat16 if _has_bfloat16(device) else torch.float16
-        # On the CPU few machines have bfloat16: there the teacher follows the student's choice. A
-        # teacher in full precision must not inherit the student's autocast.
-        enabled = self.amp and (device.type == "cuda" or torch.is_autocast_enabled(device.type))
-        with torch.no_grad(), torch.autocast(device.type, dtype=dtype, enabled=enabled):
-            yield
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    # GPUs older than Ampere only emulate it, slower than float32.
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+        return teacher_precision(self.model.pixel_mean.device, amp=self.amp)
 
 
 def model_spec(model: nn.Module) -> ModelSpec:

@@ -14,6 +14,7 @@ import contextlib
 import torch
 from torch import nn
 
+from kd_detectron.context import teacher_precision
 from kd_detectron.errors import ConfigError
 
 from .anatomy import Anatomy, features_of, read_anatomy
@@ -44,12 +45,7 @@ class FrozenTeacher:
             self.model.to(device)
         if self.model.training:
             self.model.eval()
-        half = torch.bfloat16
-        if device.type == "cuda" and not torch.cuda.is_bf16_supported():
-            half = torch.float16
-        # On the CPU few machines have bfloat16: there the teacher follows the student's choice.
-        enabled = self.amp and (device.type == "cuda" or torch.is_autocast_enabled(device.type))
-        with torch.no_grad(), torch.autocast(device.type, dtype=half, enabled=enabled):
+        with teacher_precision(device, amp=self.amp):
             yield self.model
 
 

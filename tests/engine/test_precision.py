@@ -6,9 +6,9 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import all_distillers, distilled_cfg, every_distiller_cfg, tiny_batch
 
+from kd_detectron.context import half_precision
 from kd_detectron.engine.train_loop import DistillationTrainLoop
 from kd_detectron.errors import ConfigError
-from kd_detectron.modeling import frozen_teacher
 
 BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
 
@@ -121,5 +121,5 @@ def test_teacher_on_a_gpu_that_emulates_bfloat16_runs_in_float16(monkeypatch):
         return including_emulation
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
-    assert not frozen_teacher._has_bfloat16(torch.device("cuda"))
-    assert frozen_teacher._has_bfloat16(torch.device("cpu"))
+    assert half_precision(torch.device("cuda")) is torch.float16
+    assert half_precision(torch.device("cpu")) is torch.bfloat16
