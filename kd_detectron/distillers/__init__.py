@@ -21,6 +21,7 @@ from .maskkd import MaskKD
 from .pkd import PKD
 from .reviewkd import ReviewKD
 from .rpnkd import RPNKD
+from .step import distillation_losses
 from .supcon import SupCon
 
 __all__ = [
@@ -42,6 +43,7 @@ __all__ = [
     "ReviewKD",
     "SupCon",
     "build_distiller",
+    "distillation_losses",
     "find_distiller",
     "option_defaults",
 ]

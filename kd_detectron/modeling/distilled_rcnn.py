@@ -21,7 +21,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
 from torch import nn
 
 from kd_detectron.context import DistillationContext, TeacherOutputs
-from kd_detectron.distillers import Distiller
+from kd_detectron.distillers import Distiller, distillation_losses
 from kd_detectron.errors import ConfigError
 
 from .build import build_distillation, check_weights
@@ -119,26 +119,8 @@ class DistillationMixin:
         self, context: DistillationContext, detector_losses: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """Each distiller's losses times its weight and the schedule's factor."""
-        if self.distillation_factor == 0:
-            return self._zero_losses(context.student.features)
-        losses = {}
-        for name, distiller in self.distillers.items():
-            scale = self.distillation_weights[name] * self.distillation_factor
-            for key, value in distiller(context).items():
-                if key in losses or key in detector_losses:
-                    raise ConfigError(
-                        f"KD.DISTILLERS: '{name}' returns '{key}', which another loss of this step "
-                        "is already called; rename it"
-                    )
-                losses[key] = value * scale
-        return losses
-
-    def _zero_losses(self, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        # The schedule is at zero: nothing is computed, but every distiller parameter and every
-        # feature level still gets a (zero) gradient, since DistributedDataParallel waits for each
-        # parameter, and some levels may be read by distillation alone.
-        trained = [*self.distillers.parameters(), *(x[:, :1, :1, :1] for x in features.values())]
-        return {"loss_distillation": sum(x.sum() * 0 for x in trained)}
+        weights, factor = self.distillation_weights, self.distillation_factor
+        return distillation_losses(self.distillers, weights, factor, context, detector_losses)
 
 
 @META_ARCH_REGISTRY.register()

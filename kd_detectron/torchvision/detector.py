@@ -20,7 +20,13 @@ import torch
 from torch import nn
 
 from kd_detectron.context import DistillationContext, StudentOutputs, TeacherOutputs
-from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, ModelSpec, build_distiller
+from kd_detectron.distillers import (
+    DISTILLER_REGISTRY,
+    Distiller,
+    ModelSpec,
+    build_distiller,
+    distillation_losses,
+)
 from kd_detectron.errors import ConfigError, did_you_mean
 
 from .anatomy import Anatomy, read_anatomy
@@ -118,27 +124,9 @@ class DistilledDetector(nn.Module):
             return self.student(images, targets)
         with StudentTaps(self.student, self._anatomy) as taps:
             losses = self.student(images, targets)
-        return losses | self._distillation_losses(taps, losses)
-
-    def _distillation_losses(self, taps: StudentTaps, detector_losses: Mapping) -> dict:
-        if self.distillation_factor == 0:
-            # Nothing is computed, but every distiller parameter still gets a (zero) gradient, since
-            # DistributedDataParallel waits for each of them.
-            like = next(iter(detector_losses.values()))
-            zero = sum((p.sum() * 0 for p in self.distillers.parameters()), like.new_zeros(()))
-            return {"loss_distillation": zero}
+        weights, factor = self.distillation_weights, self.distillation_factor
         context = self._context(taps)
-        losses = {}
-        for name, distiller in self.distillers.items():
-            scale = self.distillation_weights[name] * self.distillation_factor
-            for key, value in distiller(context).items():
-                if key in losses or key in detector_losses:
-                    raise ConfigError(
-                        f"the distiller '{name}' returns '{key}', which another loss of this step "
-                        "is already called; rename it"
-                    )
-                losses[key] = value * scale
-        return losses
+        return losses | distillation_losses(self.distillers, weights, factor, context, losses)
 
     def _context(self, taps: StudentTaps) -> DistillationContext:
         anatomy, num_classes = self._anatomy, self._anatomy.spec.num_classes
