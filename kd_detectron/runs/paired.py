@@ -18,15 +18,22 @@ _QUANTILES += (2.22814,)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over paired seeds, and its 95 % interval where there are two or more."""
+    """A mean over seeds; with two or more its sample deviation, or its 95 % interval if paired."""
 
     mean: float
+    deviation: float | None = None
     low: float | None = None
     high: float | None = None
 
 
+def mean_and_deviation(values: Sequence[float]) -> Estimate:
+    """The mean of n values and their sample standard deviation (n - 1)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Estimate(statistics.fmean(values), deviation)
+
+
 def t_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, to four digits.
+    """The 97.5 % quantile of Student's t, to three digits.
 
     Above ten degrees of freedom by the Cornish-Fisher expansion around the normal quantile
     (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
@@ -34,18 +41,11 @@ def t_quantile(degrees: int) -> float:
     if degrees <= len(_QUANTILES):
         return _QUANTILES[degrees - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / degrees + second / degrees**2 + third / degrees**3
+    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + first / degrees + second / degrees**2
 
 
-def mean_with_interval(values: Sequence[float]) -> Estimate:
-    """The mean of n values and its 95 % interval."""
-    return _around(statistics.fmean(values), values)
-
-
-def share_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estimate:
+def ratio_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estimate:
     """The ratio of the mean gain to the mean gap, and its 95 % interval.
 
     The interval is that of a ratio estimate: the residuals ``gain - ratio * gap`` of the n seeds
@@ -54,16 +54,13 @@ def share_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estima
 
     Args:
         gains: n differences to the baseline.
-        gaps: the n distances from the baseline to the teacher; their mean is positive.
+        gaps: the n distances from the baseline to the teacher, with a positive mean; all 1 for the
+            mean gain itself.
     """
     gap = statistics.fmean(gaps)
-    ratio = statistics.fmean(gains) / gap
+    ratio, count = statistics.fmean(gains) / gap, len(gains)
+    if count < 2:
+        return Estimate(ratio)
     residuals = [gain - ratio * distance for gain, distance in zip(gains, gaps, strict=True)]
-    return _around(ratio, [residual / gap for residual in residuals])
-
-
-def _around(mean: float, values: Sequence[float]) -> Estimate:
-    if len(values) < 2:
-        return Estimate(mean)
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half)
+    half = t_quantile(count - 1) * statistics.stdev(residuals) / math.sqrt(count) / gap
+    return Estimate(ratio, low=ratio - half, high=ratio + half)
