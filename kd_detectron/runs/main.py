@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_detectron.commands import exit_code
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher_result, published_numbers
+from kd_detectron.runs.tables import build_table, load_teacher, published_numbers
 
 DATASET_HELP = "whose AP, where DATASETS.TEST has several (default: the first)"
 
@@ -45,7 +45,7 @@ def write_table(args: argparse.Namespace) -> None:
     table = build_table(
         [load_run(path, args.dataset) for path in args.runs],
         baselines=[load_run(path, args.dataset) for path in args.baseline],
-        teachers=[load_teacher_result(path, args.dataset) for path in args.teacher],
+        teachers=[load_teacher(path, args.dataset) for path in args.teacher],
         published=published_numbers(),
     )
     print(table.text())

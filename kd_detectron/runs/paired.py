@@ -33,7 +33,7 @@ def mean_and_deviation(values: Sequence[float]) -> Estimate:
 
 
 def t_quantile(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t, to three digits.
+    """The 97.5 % quantile of Student's t, to four digits.
 
     Above ten degrees of freedom by the Cornish-Fisher expansion around the normal quantile
     (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
@@ -41,8 +41,10 @@ def t_quantile(degrees: int) -> float:
     if degrees <= len(_QUANTILES):
         return _QUANTILES[degrees - 1]
     z = statistics.NormalDist().inv_cdf(0.975)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    return z + first / degrees + second / degrees**2
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
 def ratio_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estimate:

@@ -289,6 +289,8 @@ def load_teacher(path: str | Path, dataset: str = "") -> Run:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"the teacher's file {path} is not readable JSON: {error}") from error
+    if not isinstance(record, dict):
+        record = {}
     results = known_values({"bbox": record} if "AP" in record else record)
     if not any("AP" in values for values in results.values()):
         raise ConfigError(f'the teacher\'s file {path} holds no "AP": write {{"AP": 42.0}} into it')
@@ -357,11 +359,7 @@ def _teacher_of(run: Run, teachers: Sequence[Run], notes: list[str]) -> Run | No
 
 
 def _add_gains(
-    row: Row,
-    runs: Sequence[Run],
-    baseline: Sequence[Run],
-    teacher: Run | None,
-    notes: list[str],
+    row: Row, runs: Sequence[Run], baseline: Sequence[Run], teacher: Run | None, notes: list[str]
 ) -> None:
     """Fills in the row's gain over the baseline and the share of the gap that it closes."""
     for task, name in TASKS.items():

@@ -14,7 +14,7 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.runs.groups import named_groups, teacher_folders
 from kd_detectron.runs.main import DATASET_HELP
 from kd_detectron.runs.run import Run, load_run
-from kd_detectron.runs.tables import load_teacher_result
+from kd_detectron.runs.tables import load_teacher
 from kd_detectron.visualize.ap import plot_ap
 from kd_detectron.visualize.curves import plot_curves
 
@@ -45,7 +45,7 @@ def load_groups(args: argparse.Namespace) -> tuple[dict[str, list[Run]], dict[st
     runs = [load_run(run, args.dataset) for run in args.runs]
     folders = teacher_folders(runs)
     teacher = args.teacher or (next(iter(folders)) if len(folders) == 1 else None)
-    results = load_teacher_result(teacher, args.dataset).results if teacher else {}
+    results = load_teacher(teacher, args.dataset).results if teacher else {}
     groups = {
         name: group
         for name, group in named_groups(runs).items()
