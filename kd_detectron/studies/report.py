@@ -45,7 +45,6 @@ def write_report(
         [run.path for run in first],
         labels=[names[run.path] for run in first],
         teacher=teacher,
-        with_teacher=bool(teacher),
     )
     records, class_names = dataset_records(models[-1].cfg)
     chosen = choose_records(records, images, seed=0)

@@ -19,11 +19,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.visualize.figures import new_figure, save_figure
+from kd_detectron.visualize.figures import image_grid, save_figure
 from kd_detectron.visualize.models import BoxClassifier, LoadedModel, check_classes, read_rgb
 from kd_detectron.visualize.predictions import ground_truth
-
-_PANEL_INCHES = 3.4
 
 
 @dataclass(frozen=True)
@@ -67,34 +65,21 @@ def draw_cams(
         raise ConfigError("there is no object to explain: the chosen images have no annotations")
     for model in models:
         check_classes(model, class_names)
-    titles = ["object", *(f"{model.label}\n{model.ap}".strip() for model in models)]
-    heights = [record["height"] / record["width"] for record in records]
-    height = _PANEL_INCHES * sum(heights) + 0.35 * len(records) + 0.6
-    figure = new_figure(_PANEL_INCHES * len(titles) + 0.8, height)
-    grid = figure.add_gridspec(len(records), len(titles), height_ratios=heights)
-    for row, record in enumerate(records):
-        image = read_rgb(record)
+    figure, axes = image_grid(records, ["object", *(model.title for model in models)])
+    for row, record in zip(axes, records, strict=True):
         box, category = largest_object(record)
-        for column, title in enumerate(titles):
-            axes = figure.add_subplot(grid[row, column])
-            axes.set(xticks=[], yticks=[])
-            axes.imshow(image)
-            if column == 0:
-                axes.set_xlabel(class_names[category], fontsize=11)
-                axes.set_ylabel(Path(record["file_name"]).name, fontsize=8)
-            else:
-                found = activation_map(models[column - 1], record, box, category)
-                axes.imshow(found.values, cmap="turbo", alpha=0.5, vmin=0, vmax=1)
-                text = f"p({class_names[category]}) = {found.probability:.2f}, level {found.level}"
-                axes.set_xlabel(text, fontsize=11)
-            corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
-            axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="w", linewidth=2))
-            if row == 0:
-                axes.set_title(title, fontsize=13)
-    bar = figure.colorbar(
-        ScalarMappable(cmap="turbo"), ax=figure.axes, shrink=0.6, aspect=30, pad=0.01
-    )
-    bar.set_label("class activation, relative to the map's maximum")
+        for panel in row:
+            panel.imshow(read_rgb(record))
+            width, height = box[2:] - box[:2]
+            panel.add_patch(Rectangle(box[:2], width, height, fill=False, edgecolor="w", lw=2))
+        row[0].set_xlabel(class_names[category], fontsize=11)
+        for panel, model in zip(row[1:], models, strict=True):
+            found = activation_map(model, record, box, category)
+            panel.imshow(found.values, cmap="turbo", alpha=0.5, vmin=0, vmax=1)
+            text = f"p({class_names[category]}) = {found.probability:.2f}, level {found.level}"
+            panel.set_xlabel(text, fontsize=11)
+    label = "class activation, relative to the map's maximum"
+    figure.colorbar(ScalarMappable(cmap="turbo"), ax=axes, shrink=0.6, pad=0.01, label=label)
     return save_figure(figure, path)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -71,63 +70,44 @@ def draw_correlations(
         The figure: the teacher's matrix, then each student's matrix and its difference.
 
     Raises:
-        ConfigError: as ``box_logits``, there is no student, fewer than two boxes, or the class
-            counts differ.
+        ConfigError: as ``box_logits``, fewer than two boxes, or the class counts differ.
     """
-    if not students:
-        raise ConfigError("there is no student to compare with the teacher")
-    matrices = []
-    for model in (teacher, *students):
+    models = [teacher, *students]
+    for model in models:
         check_classes(model, class_names)
-        logits = box_logits(model, records)
-        if len(logits) < 2:
-            raise ConfigError("correlations need two boxes, the chosen images have one")
-        matrices.append(class_correlation(logits))
-    names = [*class_names, "background"]
-    figure = new_figure(3.9 * len(matrices) + 1.5, 8.8)
-    axes = figure.subplots(2, len(matrices), squeeze=False)
+    logits = [box_logits(model, records) for model in models]
+    boxes = len(logits[0])
+    if boxes < 2:
+        raise ConfigError("correlations need two boxes, the chosen images have one")
+    matrices = [class_correlation(one) for one in logits]
     differences = [np.abs(matrix - matrices[0]) for matrix in matrices[1:]]
+    figure = new_figure(3.9 * len(models) + 1.5, 9.0)
+    axes = figure.subplots(2, len(models), squeeze=False)
     top = Normalize(-1, 1)
     low = Normalize(0, max(float(np.nanmax(d, initial=0.0)) for d in differences) or 1.0)
-    for column, model in enumerate((teacher, *students)):
-        _draw_matrix(axes[0, column], matrices[column], "RdBu_r", top)
-        axes[0, column].set_title(f"{model.label}\n{model.ap}".strip(), fontsize=13)
-        if column:
-            difference = differences[column - 1]
-            _draw_matrix(axes[1, column], difference, "magma", low)
-            axes[1, column].set_title(f"distance to the teacher: {np.nanmean(difference):.3f}")
-    # Each class is named once per row and once per column.
-    _name_classes(axes[0, 0].yaxis, names)
-    _name_classes(axes[1, 1].yaxis, names)
-    for panel in (axes[0, 0], *axes[1, 1:]):
-        _name_classes(panel.xaxis, names, rotation=90)
+    names = [*class_names, "background"]
+    for panel, model, matrix in zip(axes[0], models, matrices, strict=True):
+        _draw_matrix(panel, matrix, "RdBu_r", top, names)
+        panel.set_title(model.title, fontsize=13)
+    for panel, difference in zip(axes[1, 1:], differences, strict=True):
+        _draw_matrix(panel, difference, "magma", low, names)
+        panel.set_title(f"distance to the teacher: {np.nanmean(difference):.3f}")
     axes[1, 0].axis("off")
-    axes[1, 0].text(
-        0.5,
-        0.5,
-        f"Correlation between the logits\nof every two classes over\n{len(logits)} annotated boxes"
-        f" of {len(records)} images.\n\nBelow each student: the absolute\ndifference to the"
-        " teacher's matrix\nand its mean.",
-        ha="center",
-        va="center",
-        fontsize=11,
+    figure.suptitle(
+        "Correlation between the logits of every two classes\n"
+        f"over {boxes} boxes of {len(records)} images; below: difference to the teacher's"
     )
-    bar = figure.colorbar(ScalarMappable(top, "RdBu_r"), ax=axes[0], shrink=0.8, pad=0.01)
-    bar.set_label("correlation")
-    bar = figure.colorbar(ScalarMappable(low, "magma"), ax=axes[1], shrink=0.8, pad=0.01)
-    bar.set_label("absolute difference")
+    bar = {"shrink": 0.8, "pad": 0.01}
+    figure.colorbar(ScalarMappable(top, "RdBu_r"), ax=axes[0], label="correlation", **bar)
+    figure.colorbar(ScalarMappable(low, "magma"), ax=axes[1], label="absolute difference", **bar)
     return save_figure(figure, path)
 
 
-def _draw_matrix(axes: Axes, matrix: np.ndarray, cmap: str, norm: Normalize) -> None:
+def _draw_matrix(
+    axes: Axes, matrix: np.ndarray, cmap: str, norm: Normalize, names: Sequence[str]
+) -> None:
     axes.set_facecolor("0.8")
     axes.imshow(matrix, cmap=cmap, norm=norm, interpolation="nearest")
-    axes.set(xticks=[], yticks=[])
-
-
-def _name_classes(axis: Axis, names: list[str], *, rotation: float = 0) -> None:
     if len(names) <= _MAX_CLASS_LABELS:
-        axis.set_ticks(range(len(names)), names, rotation=rotation, fontsize=9)
-    else:
-        axis.set_ticks(range(0, len(names), 10))
-        axis.set_label_text("class index, background last")
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=9)
+        axes.set_yticks(range(len(names)), names, fontsize=9)

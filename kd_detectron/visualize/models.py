@@ -6,7 +6,6 @@ its teacher. A record is one image as Detectron2's datasets describe it: a dict 
 by Detectron2's own test-time mapper, in its own channel order.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -23,17 +22,15 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from kd_detectron.checkpoint import DistillationCheckpointer, refuse_misfit
-from kd_detectron.config import get_config, load_run_config
+from kd_detectron.config import load_run_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.taps import box_head_of
 from kd_detectron.modeling.teacher_loading import build_teacher_model, load_teacher, teacher_config
 from kd_detectron.preflight.classes import check_number_of_classes
-from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
-from kd_detectron.runs.groups import named_groups
+from kd_detectron.runs.files import CONFIG, FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
+from kd_detectron.runs.groups import TEACHER, named_groups
 from kd_detectron.runs.run import TASKS, Run, backbone_name, load_run
-
-_TEACHER = "teacher "
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,11 @@ class LoadedModel:
     ap: str = ""
     is_teacher: bool = False
 
+    @property
+    def title(self) -> str:
+        """The label, and the AP below it."""
+        return f"{self.label}\n{self.ap}".strip()
+
     def inputs(self, record: dict) -> dict:
         """Reads a record as the model expects it: ``image`` (3, H, W), ``height``, ``width``."""
         record = {key: record[key] for key in ("file_name", "height", "width") if key in record}
@@ -63,33 +65,27 @@ class LoadedModel:
         """Reads a record as a batch of one, normalised and padded, on the model's device."""
         return self.model.preprocess_image([self.inputs(record)])
 
+    @torch.no_grad()
     def features(self, record: dict) -> dict[str, torch.Tensor]:
         """Returns the feature maps of one record: level name -> (C, H, W), without the padding."""
         batch = self.batch(record)
-        with torch.no_grad():
-            maps = self.model.backbone(batch.tensor)
-        height, width = batch.image_sizes[0]
-        padded_height, padded_width = batch.tensor.shape[-2:]
-        return {
-            level: one[
-                0,
-                :,
-                : math.ceil(one.shape[-2] * height / padded_height),
-                : math.ceil(one.shape[-1] * width / padded_width),
-            ].cpu()
-            for level, one in maps.items()
-        }
+        size, padded = np.array(batch.image_sizes[0]), np.array(batch.tensor.shape[-2:])
+        found = {}
+        for level, maps in self.model.backbone(batch.tensor).items():
+            height, width = np.ceil(maps.shape[-2:] * size / padded).astype(int)
+            found[level] = maps[0, :, :height, :width].cpu()
+        return found
 
+    @torch.no_grad()
     def logits(self, record: dict, boxes: np.ndarray) -> torch.Tensor:
         """Returns the box head's logits (R, K+1) for given boxes (R, 4), XYXY in image pixels."""
         batch = self.batch(record)
-        with torch.no_grad():
-            return BoxClassifier(self, boxes, record, batch)(batch.tensor).cpu()
+        return BoxClassifier(self, boxes, record, batch)(batch.tensor).cpu()
 
+    @torch.no_grad()
     def detect(self, record: dict) -> Instances:
         """Returns the detections on one record, in pixels of the image file, on the CPU."""
-        with torch.no_grad():
-            return self.model([self.inputs(record)])[0]["instances"].to("cpu")
+        return self.model([self.inputs(record)])[0]["instances"].to("cpu")
 
 
 @dataclass(frozen=True)
@@ -169,15 +165,12 @@ class BoxClassifier(nn.Module):
         return list(self.levels)[int(index[0])]
 
 
-def load_run_student(
-    run_folder: str | Path, *, label: str = "", weights: str = "", dataset: str = ""
-) -> LoadedModel:
-    """Loads the student of a run folder.
+def load_run_student(run_folder: str | Path, *, label: str = "", dataset: str = "") -> LoadedModel:
+    """Loads the student of a run folder: its final checkpoint, or the last one written.
 
     Args:
         run_folder: a Detectron2 ``OUTPUT_DIR``.
         label: what to call it; by default its method and student, "CKD R18".
-        weights: the checkpoint; by default the run's final one, or the last one written.
         dataset: whose AP stands beside it; by default the first of ``DATASETS.TEST``.
 
     Raises:
@@ -185,45 +178,28 @@ def load_run_student(
     """
     run = load_run(run_folder)
     cfg = load_run_config(run_folder)
-    weights = weights or _checkpoint_of(run.path)
+    weights = _checkpoint_of(run.path)
     label = label or f"{run.method} {run.student}"
     if dataset and dataset != run.test_dataset:
         tested = dataset in cfg.DATASETS.TEST
         run = load_run(run_folder, dataset) if tested else replace(run, results={})
-    return LoadedModel(label, _build(cfg, weights), cfg, _ap_text(run))
-
-
-def load_run_teacher(run_folder: str | Path, *, label: str = "") -> LoadedModel:
-    """Loads the teacher that a run's config names in ``KD.TEACHER``."""
-    cfg = load_run_config(run_folder)
+    cfg.KD.ENABLED = False
     cfg.MODEL.DEVICE = _device(cfg)
-    return load_configured_teacher(cfg, label=label)
+    # The checkpoint has all weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    model = build_model(cfg).eval()
+    checkpointer = DistillationCheckpointer(model)
+    checkpointer.load(weights)
+    refuse_misfit(
+        checkpointer.incompatible,
+        f"the checkpoint {weights} does not fit the run's config.yaml",
+        "put back the config.yaml that the run was trained with",
+    )
+    return LoadedModel(label, model, cfg, _ap_text(run))
 
 
-def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
-    """Loads a detector by its config: a model-zoo name, a path, or a config of this project.
-
-    The config may be YAML or a LazyConfig (.py), as for ``KD.TEACHER.CONFIG_FILE``.
-
-    Args:
-        config: the config's name or path.
-        weights: its checkpoint; empty for the model zoo's.
-        label: what to call it; by default its backbone.
-    """
-    cfg = get_config("baseline_rcnn_r18.yaml")
-    cfg.MODEL.DEVICE = _device(cfg)
-    cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = config, weights
-    loaded = load_configured_teacher(cfg, label=label)
-    return loaded if label else replace(loaded, label=loaded.label.removeprefix(_TEACHER))
-
-
-def load_configured_teacher(cfg: CfgNode, *, label: str = "") -> LoadedModel:
-    """Loads the whole teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``.
-
-    Args:
-        cfg: a whole config.
-        label: what to call it; by default "teacher" and its backbone, or its LazyConfig file.
-    """
+def load_configured_teacher(cfg: CfgNode) -> LoadedModel:
+    """Loads the whole teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``."""
     file = cfg.KD.TEACHER.CONFIG_FILE
     if file.endswith(".py"):
         model, input_format = load_teacher(cfg)
@@ -237,8 +213,10 @@ def load_configured_teacher(cfg: CfgNode, *, label: str = "") -> LoadedModel:
         teacher_cfg = teacher_config(cfg)
         model = build_teacher_model(teacher_cfg)
         name, weights = backbone_name(teacher_cfg), teacher_cfg.MODEL.WEIGHTS
-    label = label or f"{_TEACHER}{name}"
-    return LoadedModel(label, model.eval(), teacher_cfg, _ap_of_checkpoint(weights))
+    # Its AP is known if its checkpoint lies in a run folder.
+    folder = Path(weights).parent
+    ap = _ap_text(load_run(folder)) if (folder / CONFIG).is_file() else ""
+    return LoadedModel(f"{TEACHER} {name}", model.eval(), teacher_cfg, ap, is_teacher=True)
 
 
 def load_models(
@@ -246,8 +224,6 @@ def load_models(
     *,
     labels: Sequence[str] = (),
     teacher: str | Path | None = None,
-    teacher_weights: str = "",
-    with_teacher: bool = True,
     dataset: str = "",
 ) -> list[LoadedModel]:
     """Loads the models of one picture: the teacher first, then the students of the runs.
@@ -255,18 +231,13 @@ def load_models(
     Args:
         run_folders: Detectron2 ``OUTPUT_DIR``s; that of the teacher among them is drawn once.
         labels: what to call the runs, one each; by default the names of their rows in a table.
-        teacher: the teacher's run folder, or its config as in ``load_detector``; by default the
-            one that the first distilled run names, none where no run is distilled.
-        teacher_weights: the checkpoint that belongs to ``teacher``.
-        with_teacher: False leaves the teacher out.
+        teacher: the teacher's run folder; by default the teacher that the first distilled run
+            names, none where no run is distilled.
         dataset: whose AP stands beside them; by default the first of ``DATASETS.TEST``.
 
     Raises:
-        ConfigError: as the single loaders, ``labels`` are not as many as the runs, or there is no
-            run but the teacher's.
+        ConfigError: as the single loaders, or there is no run but the teacher's.
     """
-    if labels and len(labels) != len(run_folders):
-        raise ConfigError(f"{len(run_folders)} runs have {len(labels)} labels; give one label each")
     runs = [load_run(folder) for folder in run_folders]
     if not labels:
         names = {
@@ -275,25 +246,20 @@ def load_models(
             for run in group
         }
         labels = [names[run.path] for run in runs]
-    models, shown = [], None
-    if with_teacher and teacher is not None:
-        shown = Path(teacher)
-        if Path(teacher).is_dir():
-            label = f"{_TEACHER}{load_run(teacher).student}"
-            models.append(
-                load_run_student(teacher, label=label, weights=teacher_weights, dataset=dataset)
-            )
-        else:
-            models.append(load_detector(str(teacher), teacher_weights, label="teacher"))
-    elif with_teacher:
-        for run in [run for run in runs if run.teacher][:1]:
-            models.append(load_run_teacher(run.path))
-            shown = run.teacher_folder
-    models = [replace(model, is_teacher=True) for model in models]
-    pairs = zip(runs, labels, strict=True)
+    models, shown = [], Path(teacher) if teacher else None
+    distilled = [run for run in runs if run.teacher]
+    if shown:
+        label = f"{TEACHER} {load_run(shown).student}"
+        student = load_run_student(shown, label=label, dataset=dataset)
+        models.append(replace(student, is_teacher=True))
+    elif distilled:
+        cfg = load_run_config(distilled[0].path)
+        cfg.MODEL.DEVICE = _device(cfg)
+        models.append(load_configured_teacher(cfg))
+        shown = distilled[0].teacher_folder
     students = [
         load_run_student(run.path, label=label, dataset=dataset)
-        for run, label in pairs
+        for run, label in zip(runs, labels, strict=True)
         if shown is None or run.path.resolve() != shown.resolve()
     ]
     if not students:
@@ -367,34 +333,12 @@ def read_rgb(record: dict):
     return read_image(record["file_name"], format="RGB")
 
 
-def _build(cfg: CfgNode, weights: str) -> nn.Module:
-    cfg.KD.ENABLED = False
-    cfg.MODEL.DEVICE = _device(cfg)
-    # The checkpoint has all weights.
-    cfg.MODEL.TIMM.PRETRAINED = False
-    model = build_model(cfg).eval()
-    checkpointer = DistillationCheckpointer(model)
-    checkpointer.load(weights)
-    refuse_misfit(
-        checkpointer.incompatible,
-        f"the checkpoint {weights} does not fit the run's config.yaml",
-        "name another checkpoint, or the run's own config.yaml",
-    )
-    return model
-
-
 def _ap_text(run: Run) -> str:
     return ", ".join(
         f"{run.results[task]['AP']:.1f} {name} AP"
         for task, name in TASKS.items()
         if "AP" in run.results.get(task, {})
     )
-
-
-def _ap_of_checkpoint(weights: str) -> str:
-    """The AP of the run that wrote a checkpoint, if it lies in a run folder."""
-    folder = Path(weights).parent
-    return _ap_text(load_run(folder)) if (folder / "config.yaml").is_file() else ""
 
 
 def _device(cfg: CfgNode) -> str:
