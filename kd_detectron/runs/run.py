@@ -116,7 +116,7 @@ def load_run(path: str | Path, dataset: str = "") -> Run:
     results = results or _last_evaluation(history)
     taught = has_teacher(config)
     weights = (config.get("KD", {}).get("TEACHER") or {}).get("WEIGHTS") if taught else ""
-    taught_by = Path(weights).parent if weights else None
+    folder = Path(weights).parent if weights else None
     return Run(
         path=path,
         method=method_name(config),
@@ -131,7 +131,7 @@ def load_run(path: str | Path, dataset: str = "") -> Run:
         seed=record.get("seed", config.get("SEED")),
         finished=finished,
         test_dataset=dataset,
-        teacher_folder=taught_by if taught_by and (taught_by / CONFIG).is_file() else None,
+        teacher_folder=folder if folder and (folder / CONFIG).is_file() else None,
     )
 
 
@@ -221,31 +221,19 @@ def metrics_by_iteration(folder: str | Path) -> dict[int, dict[str, float]]:
 def _last_evaluation(history: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Returns the AP of the last iteration that was evaluated."""
     for values in reversed(list(history.values())):
-        results = {
-            task: {
-                metric: values[f"{task}/{metric}"]
-                for metric in METRICS
-                if f"{task}/{metric}" in values
-            }
-            for task in TASKS
-        }
-        if any(results.values()):
-            return results
+        if any(f"{task}/AP" in values for task in TASKS):
+            return {task: {m: values.get(f"{task}/{m}") for m in METRICS} for task in TASKS}
     return {}
 
 
 def known_values(results: object) -> dict[str, dict[str, float]]:
     """Keeps the known tasks of evaluation results, and their values that are finite numbers."""
-    if not isinstance(results, Mapping):
-        return {}
-    kept = {
-        task: {
-            metric: float(values[metric]) for metric in METRICS if _is_number(values.get(metric))
-        }
-        for task in TASKS
-        if isinstance(values := results.get(task), Mapping)
-    }
-    return {task: metrics for task, metrics in kept.items() if metrics}
+    known = {}
+    for task in TASKS:
+        values = results.get(task) if isinstance(results, Mapping) else None
+        if isinstance(values, Mapping):
+            known[task] = {m: float(values[m]) for m in METRICS if _is_number(values.get(m))}
+    return {task: values for task, values in known.items() if values}
 
 
 def _is_number(value) -> bool:
