@@ -1,6 +1,6 @@
 """Class-activation maps of several models for the same object: where each model looks.
 
-Grad-CAM (arXiv 1610.02391), by the package ``grad-cam``. All models explain the same ground-truth
+Grad-CAM (arXiv 1610.02391). All models explain the same ground-truth
 box and class, whether they detected it or not: the box head classifies that box, and the gradient
 of the class's logit weighs the channels of the FPN level that the box is pooled from. So the maps
 of teacher, baseline and student differ in the models alone (the comparison of CKD, arXiv
@@ -17,10 +17,11 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch.nn.functional import interpolate
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.visualize.figures import image_grid, save_figure
-from kd_detectron.visualize.models import BoxClassifier, LoadedModel, check_classes, read_rgb
+from kd_detectron.visualize.models import LoadedModel, check_classes, read_rgb
 from kd_detectron.visualize.predictions import ground_truth
 
 
@@ -57,8 +58,7 @@ def draw_cams(
         The figure: row by row the image and one axes per model, then the colour bar's.
 
     Raises:
-        ConfigError: there is no annotated image, a model has no box head, or the package
-            ``grad-cam`` is not installed.
+        ConfigError: there is no annotated image, or a model has no box head.
     """
     records = [record for record in records if ground_truth(record).classes]
     if not records:
@@ -95,30 +95,24 @@ def activation_map(
         category: the class to explain, 0 to K-1.
 
     Raises:
-        ConfigError: the model has no box head, or the package ``grad-cam`` is not installed.
+        ConfigError: the model has no box head.
     """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ImportError as error:
-        raise ConfigError(
-            "class-activation maps need the package grad-cam: pip install grad-cam"
-        ) from error
-    batch = model.batch(record)
-    classifier = BoxClassifier(model, box[None], record, batch)
-    level = classifier.level_of_box()
-    # A model that is frozen whole has no graph unless the image starts one.
-    images = batch.tensor.clone().requires_grad_(True)
-    with torch.enable_grad(), GradCAM(classifier, [classifier.levels[level]]) as cam:
-        values = cam(images, targets=[ClassifierOutputTarget(category)])[0]
-        probability = float(cam.outputs[0].detach().softmax(dim=0)[category])
+    logits, maps, batch = model.classify(record, box[None])
+    gradients = torch.autograd.grad(
+        logits[0, category], list(maps.values()), allow_unused=True, materialize_grads=True
+    )
+    gradients = dict(zip(maps, gradients, strict=True))
+    # The box is pooled from one level; the others have no gradient.
+    level = max(maps, key=lambda level: gradients[level].abs().sum().item())
+    weights = gradients[level].mean(dim=(2, 3), keepdim=True)
+    values = (weights * maps[level]).sum(dim=1, keepdim=True).relu().detach().cpu()
+    values = interpolate(values, batch.tensor.shape[-2:], mode="bilinear")
     height, width = batch.image_sizes[0]
     # The padding beside the image is no place to look at: the image alone sets the scale.
-    values = torch.as_tensor(values)[None, None, :height, :width]
+    values = values[..., :height, :width]
     values = values / values.max().clamp(min=1e-12)
-    values = torch.nn.functional.interpolate(
-        values, size=(record["height"], record["width"]), mode="bilinear"
-    )
+    values = interpolate(values, (record["height"], record["width"]), mode="bilinear")
+    probability = logits[0].detach().softmax(dim=0)[category].item()
     return ActivationMap(values[0, 0].numpy(), level, probability)
 
 

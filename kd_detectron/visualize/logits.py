@@ -35,7 +35,7 @@ def box_logits(model: LoadedModel, records: Sequence[dict]) -> torch.Tensor:
     for record in records:
         objects = ground_truth(record)
         if objects.classes:
-            logits.append(model.logits(record, objects.boxes))
+            logits.append(model.classify(record, objects.boxes)[0].detach().cpu())
     if not logits:
         raise ConfigError("there is no box to classify: the chosen images have no annotations")
     return torch.cat(logits)

@@ -101,7 +101,7 @@ COMMANDS = {
     ap: ("final AP of each method, one dot per seed", None),
     curves: ("AP and every loss over the iterations", None),
     predictions: ("detections beside the ground truth", 4),
-    cam: ("class-activation maps for the same object (needs grad-cam)", 3),
+    cam: ("class-activation maps for the same object", 3),
     features: ("distance of each student's features to the teacher's, by FPN level", 16),
     logits: ("class correlations of the box logits, teacher against students", 50),
 }

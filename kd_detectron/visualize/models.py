@@ -1,4 +1,4 @@
-"""Loads trained detectors for the pictures: a run's student, a run's teacher, or any config.
+"""Loads trained detectors for the pictures: a run's student and its teacher.
 
 Nothing here trains: distillation is switched off in the config, so that a student is built without
 its teacher. A record is one image as Detectron2's datasets describe it: a dict with ``file_name``,
@@ -17,7 +17,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
-from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
@@ -76,11 +75,32 @@ class LoadedModel:
             found[level] = maps[0, :, :height, :width].cpu()
         return found
 
-    @torch.no_grad()
-    def logits(self, record: dict, boxes: np.ndarray) -> torch.Tensor:
-        """Returns the box head's logits (R, K+1) for given boxes (R, 4), XYXY in image pixels."""
-        batch = self.batch(record)
-        return BoxClassifier(self, boxes, record, batch)(batch.tensor).cpu()
+    def classify(
+        self, record: dict, boxes: np.ndarray
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], ImageList]:
+        """Classifies given boxes (R, 4), XYXY in pixels of the image file.
+
+        Returns:
+            The box head's logits (R, K+1) with the graph from the feature maps; these maps
+            (1, C, H, W) by level name, as leaves; and the batch.
+
+        Raises:
+            ConfigError: the detector has no box head, or one for each of several stages.
+        """
+        if box_head_of(self.model) is None:
+            raise ConfigError(
+                f"{self.label} ({self.cfg.MODEL.META_ARCHITECTURE}) has not exactly one box "
+                "head, so given boxes cannot be classified; use a Faster or Mask R-CNN"
+            )
+        batch, heads = self.batch(record), self.model.roi_heads
+        height, width = batch.image_sizes[0]
+        scale = [width / record["width"], height / record["height"]] * 2
+        boxes = Boxes(torch.as_tensor(boxes * np.array(scale))).to(batch.tensor.device)
+        with torch.no_grad():
+            maps = self.model.backbone(batch.tensor)
+        maps = {level: maps[level].requires_grad_() for level in heads.box_in_features}
+        pooled = heads.box_pooler(list(maps.values()), [boxes])
+        return heads.box_predictor(heads.box_head(pooled))[0], maps, batch
 
     @torch.no_grad()
     def detect(self, record: dict) -> Instances:
@@ -109,60 +129,6 @@ class CachedOutputs(LoadedModel):
 
     def features(self, record: dict) -> dict[str, torch.Tensor]:
         return self.found[record["file_name"]][1]
-
-
-class BoxClassifier(nn.Module):
-    """A detector as a classifier of given boxes: images -> logits (R, K+1), with graph.
-
-    Attributes:
-        levels: an identity layer on every feature level that the boxes are pooled from; hooks on
-            them see the level's map and its gradient.
-    """
-
-    def __init__(self, loaded: LoadedModel, boxes: np.ndarray, record: dict, batch: ImageList):
-        """
-        Args:
-            loaded: the detector.
-            boxes: (R, 4), XYXY in pixels of the image file.
-            record: the image, with its height and width.
-            batch: the image as the model gets it.
-
-        Raises:
-            ConfigError: the detector has no box head, or one for each of several stages.
-        """
-        super().__init__()
-        if box_head_of(loaded.model) is None:
-            raise ConfigError(
-                f"{loaded.label} ({loaded.cfg.MODEL.META_ARCHITECTURE}) has not exactly one box "
-                "head, so given boxes cannot be classified; use a Faster or Mask R-CNN"
-            )
-        self.detector = loaded.model
-        heads = loaded.model.roi_heads
-        height, width = batch.image_sizes[0]
-        scale = [width / record["width"], height / record["height"]] * 2
-        boxes = torch.as_tensor(boxes, dtype=torch.float32) * torch.tensor(scale)
-        self.boxes = Boxes(boxes.to(batch.tensor.device))
-        self.levels = nn.ModuleDict({level: nn.Identity() for level in heads.box_in_features})
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        heads = self.detector.roi_heads
-        features = self.detector.backbone(images)
-        features = [tap(features[level]) for level, tap in self.levels.items()]
-        return heads.box_predictor(heads.box_head(heads.box_pooler(features, [self.boxes])))[0]
-
-    def level_of_box(self) -> str:
-        """Returns the name of the level that the first box is pooled from."""
-        pooler = self.detector.roi_heads.box_pooler
-        if len(self.levels) == 1:
-            return next(iter(self.levels))
-        index = assign_boxes_to_levels(
-            [self.boxes[:1]],
-            pooler.min_level,
-            pooler.max_level,
-            pooler.canonical_box_size,
-            pooler.canonical_level,
-        )
-        return list(self.levels)[int(index[0])]
 
 
 def load_run_student(run_folder: str | Path, *, label: str = "", dataset: str = "") -> LoadedModel:
