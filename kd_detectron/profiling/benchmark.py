@@ -42,7 +42,6 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
 from kd_detectron.modeling.precision import PRECISIONS
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 OBJECTS_PER_IMAGE = 8
 _SEED = 0
 # Steps in the child process that measures memory: the second one meets the first one's leftovers.
@@ -179,21 +178,17 @@ def teacher_parts(context: DistillationContext, autocast: Mapping) -> dict[str, 
 
 
 def time_parts(
-    parts: Mapping[str, Callable], *, repeats: int, device: str, clock: str = "wall"
+    parts: Mapping[str, Callable], *, repeats: int, device: str
 ) -> dict[str, list[float]]:
     """Seconds of each part in each round: one round of warm-up, then ``repeats``, interleaved.
 
     Every second round runs backwards, so that a machine that gets slower or faster favours no part.
-
-    Args:
-        parts: what to call, by name.
-        repeats: rounds.
-        device: where they run.
-        clock: "wall", or on the CPU "process" for the processor time of this process (all of its
-            threads), which other programs on the machine do not lengthen.
+    On the CPU it is the processor time of this process (all of its threads), which other programs
+    on the machine do not lengthen.
     """
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    now = CLOCKS[clock]
+    on_cuda = device.startswith("cuda")
+    wait = torch.cuda.synchronize if on_cuda else lambda: None
+    now = time.perf_counter if on_cuda else time.process_time
     seconds = {name: [] for name in parts}
     for number in range(repeats + 1):
         for name in list(parts) if number % 2 == 0 else reversed(parts):
@@ -213,7 +208,6 @@ def run_benchmark(
     images: int = 2,
     size: tuple[int, int] = (480, 640),
     repeats: int = 5,
-    clock: str = "wall",
     memory: bool = True,
     imports: Sequence[str] = (),
 ) -> dict:
@@ -225,7 +219,6 @@ def run_benchmark(
         images: N.
         size: height and width in pixels.
         repeats: measured rounds.
-        clock: see :func:`time_parts`.
         memory: also measure peak memory, in child processes.
         imports: modules and files that the child processes import first.
 
@@ -237,8 +230,6 @@ def run_benchmark(
             f"KD.DISTILLERS of '{name}' is {list(cfg.KD.DISTILLERS)} and KD.ENABLED is "
             f"{cfg.KD.ENABLED}: nothing is distilled, so there is nothing to compare"
         )
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        clock = "wall"
     batch = synthetic_batch(cfg, images=images, size=size)
     distilled, autocast = Step(cfg, batch, distilled=True), autocast_options(cfg)
     context = record_context(distilled)
@@ -251,7 +242,7 @@ def run_benchmark(
     }
     kinds = {part: kind for kind, named in parts.items() for part in named}
     every = {part: run for named in parts.values() for part, run in named.items()}
-    seconds = time_parts(every, repeats=repeats, device=cfg.MODEL.DEVICE, clock=clock)
+    seconds = time_parts(every, repeats=repeats, device=cfg.MODEL.DEVICE)
     report = {
         "name": name,
         "distillers": list(distillers),
@@ -262,7 +253,6 @@ def run_benchmark(
             "proposals": sum(len(boxes) for boxes in context.proposal_boxes or ()),
         },
         "repeats": repeats,
-        "clock": clock,
         "amp": cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
         "machine": machine(cfg.MODEL.DEVICE),
         "parts": {
@@ -288,11 +278,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict]:
-    """The overhead ratio and the ratio to the plain step over the rounds, as median and spread.
-
-    Args:
-        seconds: seconds of each part in each round.
-    """
+    """The overhead ratio and the ratio to the plain step, from the seconds of each round."""
     distilled = np.array(seconds[DISTILLED])
     needed = sum(np.array(values) for name, values in seconds.items() if name != DISTILLED)
     return {
@@ -372,10 +358,7 @@ def _sizes(model: torch.nn.Module, context: DistillationContext) -> dict[str, in
 
 
 def memory_ratio(memory: Mapping[str, int]) -> float:
-    """Peak of the distilled step over what it needs, both above an idle process.
-
-    Needed: the student's step, the teacher's weights, its features and the fused features.
-    """
+    """Peak of the distilled step over what it needs, both above an idle process."""
     idle = memory["idle"]
     needed = sum(memory[key] for key in ("teacher weights", "teacher features", "fused features"))
     return (memory[DISTILLED] - idle) / (memory[STUDENT] - idle + needed)

@@ -63,7 +63,7 @@ Check = dict[str, str]
 
 
 def random_weights(device: str, *, small: bool) -> list:
-    """KEY VALUE overrides: no weights are loaded; with ``small``, models for a CPU."""
+    """KEY VALUE overrides: no weights on "cuda" or "cpu"; with ``small``, models for a CPU."""
     # Without normalisation layers that learn, a random ResNet multiplies its input, a ResNet-101
     # by more than float16 holds. Small inputs keep it finite, and cost the same time.
     teacher = ["MODEL.PIXEL_STD", [_RANDOM_PIXEL_STD] * 3]
@@ -82,12 +82,7 @@ def random_weights(device: str, *, small: bool) -> list:
 def method_checks(
     *, device: str, small: bool, methods: Sequence[str] | None = None
 ) -> Iterator[Check]:
-    """Runs steps of each distiller on each detector.
-
-    Args:
-        device: "cuda" or "cpu".
-        small: models and images for a CPU.
-        methods: distillers; all registered ones by default.
+    """Runs steps of each distiller (all registered ones by default) on each detector.
 
     Yields:
         "check" and "result". The result is "ok", "does not apply: ..." where the project refuses
@@ -173,12 +168,11 @@ def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
 def command_checks(
     folder: str, *, device: str, small: bool, run: Callable | None = None
 ) -> Iterator[Check]:
-    """Runs the documented commands on drawn images, each in a process of its own.
+    """Runs the documented commands on drawn images, by default each in a process of its own.
 
     Args:
         folder: a folder for data and runs.
-        device: "cuda" or "cpu".
-        small: models for a CPU.
+        device, small: as in :func:`random_weights`.
         run: runs a module's ``main(arguments)``; :func:`run_command` by default.
 
     Yields:
@@ -308,15 +302,7 @@ def measure_configs(
     size: tuple[int, int],
     repeats: int,
 ) -> Iterator[dict]:
-    """Benchmarks each config with mixed precision, for each number of images.
-
-    Args:
-        configs: distilled configs by name or path.
-        device: "cuda" or "cpu".
-        small: models for a CPU.
-        images: images of a batch.
-        size: height and width of an image in pixels.
-        repeats: measured rounds.
+    """Benchmarks each config with mixed precision, for each number of images of a batch.
 
     Yields:
         "name", "images" and the "report" of :func:`run_benchmark`, with peak memory on CUDA; or
@@ -346,10 +332,6 @@ def teacher_variants(
     config: str, *, device: str, small: bool, images: int, size: tuple[int, int], repeats: int
 ) -> Iterator[dict]:
     """Times ways to run the teacher's backbone, alone and beside the plain student's step.
-
-    Args:
-        config: a distilled config by name or path.
-        device, small, images, size, repeats: as for :func:`measure_configs`.
 
     Yields:
         "variant" and "seconds" (the median), or "variant" and "failed".

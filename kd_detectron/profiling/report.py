@@ -17,7 +17,7 @@ from kd_detectron.commands import (
 )
 from kd_detectron.config import get_config
 from kd_detectron.errors import ConfigError
-from kd_detectron.profiling.benchmark import CLOCKS, DISTILLED, STUDENT, run_benchmark
+from kd_detectron.profiling.benchmark import DISTILLED, STUDENT, run_benchmark
 
 # Of the parts of a report.
 KINDS = ("student", "teacher", "distiller", "distilled")
@@ -57,7 +57,7 @@ def format_report(report: dict) -> str:
         ]
         for name, part in report["parts"].items()
     ]
-    headers = ["part", f"s ({report['clock']})", "quartiles", "/ student step"]
+    headers = ["part", "seconds", "quartiles", "/ student step"]
     versions = ", ".join(f"{key} {facts[key]}" for key in facts if key != "device")
     lines = [
         f"{report['name']}: {batch['images']} images of {batch['height']}x{batch['width']}, "
@@ -134,13 +134,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each image, in pixels (480 640)",
     )
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="on the CPU: wall time, or this process's processor time, for a machine that is "
-        "shared with other programs (%(default)s)",
-    )
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the report here")
     add_import_option(parser)
@@ -162,7 +155,6 @@ def benchmark(args: argparse.Namespace) -> str:
         images=args.images,
         size=tuple(args.size),
         repeats=args.repeats,
-        clock=args.clock,
         memory=not args.no_memory,
         imports=args.imports,
     )
