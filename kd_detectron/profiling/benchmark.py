@@ -8,24 +8,19 @@ round gives one
 
     overhead ratio = distilled step / (student step + teacher + distillers)
 
-1 if distillation costs its own arithmetic and nothing else. Peak memory of both steps is that of a
-child process each: of CUDA's allocator there, of the process elsewhere.
+1 if distillation costs its own arithmetic and nothing else. On a GPU, peak memory of both steps is
+measured as well.
 
 ``tools/benchmark.py`` prints the report and writes it as JSON; ``docs/performance.md`` holds the
 numbers. Legend: N images.
 """
 
-import contextlib
-import ctypes
 import gc
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 
 import detectron2
 import numpy as np
@@ -44,10 +39,6 @@ from kd_detectron.modeling.precision import PRECISIONS
 
 OBJECTS_PER_IMAGE = 8
 _SEED = 0
-# Steps in the child process that measures memory: the second one meets the first one's leftovers.
-_MEMORY_STEPS = 2
-# glibc's number for the option of mallopt that says from which size blocks are mapped separately.
-_M_MMAP_THRESHOLD = -3
 
 STUDENT, DISTILLED = "student step", "distilled step"
 
@@ -208,8 +199,6 @@ def run_benchmark(
     images: int = 2,
     size: tuple[int, int] = (480, 640),
     repeats: int = 5,
-    memory: bool = True,
-    imports: Sequence[str] = (),
 ) -> dict:
     """Measures one config.
 
@@ -219,8 +208,6 @@ def run_benchmark(
         images: N.
         size: height and width in pixels.
         repeats: measured rounds.
-        memory: also measure peak memory, in child processes.
-        imports: modules and files that the child processes import first.
 
     Returns:
         The report, plain data, as it is written to JSON.
@@ -262,12 +249,10 @@ def run_benchmark(
         "ratios": ratios(seconds),
         "memory": {},
     }
-    if memory:
-        sizes = _sizes(distilled.model, context)
+    if cfg.MODEL.DEVICE.startswith("cuda"):
         del parts, every, distilled, distillers, context
         free_memory()
-        report["memory"] = measure_memory(cfg, images, size, imports) | sizes
-        report["ratios"]["memory"] = memory_ratio(report["memory"])
+        report["memory"] = peak_memory(cfg, batch)
     return report
 
 
@@ -306,59 +291,16 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-# ---- memory ----
-
-
-def measure_memory(
-    cfg: CfgNode, images: int, size: tuple[int, int], imports: Sequence[str] = ()
-) -> dict[str, int]:
-    """Peak memory in bytes of both steps, each in a process of its own, and of an idle one."""
+def peak_memory(cfg: CfgNode, batch: list[dict]) -> dict[str, int]:
+    """Peak bytes that tensors take on the GPU in the student's and in the distilled step."""
     peaks = {}
-    # Forked from a server that has imported everything and run nothing, so that they start fast.
-    processes = get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
-    for name in ("idle", STUDENT, DISTILLED):
-        with ProcessPoolExecutor(1, mp_context=processes) as pool:
-            peaks[name] = pool.submit(_peak_of, name, cfg, images, size, tuple(imports)).result()
-    return peaks
-
-
-def _peak_of(
-    name: str, cfg: CfgNode, images: int, size: tuple[int, int], imports: Sequence[str]
-) -> int:
-    """Runs in the child process."""
-    from kd_detectron.commands import import_user_code
-
-    # Otherwise glibc keeps part of what is freed, and how much differs from run to run, so that the
-    # peak would not be that of the tensors. Other C libraries have no mallopt.
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-    for module in imports:
-        import_user_code(module)
-    if name != "idle":
-        batch = synthetic_batch(cfg, images=images, size=size)
+    for name in (STUDENT, DISTILLED):
         step = Step(cfg, batch, distilled=name == DISTILLED)
-        for _ in range(_MEMORY_STEPS):
-            step()
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _sizes(model: torch.nn.Module, context: DistillationContext) -> dict[str, int]:
-    """Bytes of what the distilled step must hold beside the student's step."""
-    features = vars(context.teacher).get("features", {}).values()
-    fuses = any(hasattr(distiller, "fuse") for distiller in model.distillers.values())
-    return {
-        "teacher weights": sum(x.nbytes for x in model.teacher.model.state_dict().values()),
-        "teacher features": sum(x.nbytes for x in features),
-        # As many float32 maps as the teacher's.
-        "fused features": sum(4 * x.numel() for x in features) if fuses else 0,
-    }
-
-
-def memory_ratio(memory: Mapping[str, int]) -> float:
-    """Peak of the distilled step over what it needs, both above an idle process."""
-    idle = memory["idle"]
-    needed = sum(memory[key] for key in ("teacher weights", "teacher features", "fused features"))
-    return (memory[DISTILLED] - idle) / (memory[STUDENT] - idle + needed)
+        torch.cuda.reset_peak_memory_stats()
+        # The second step meets the first one's gradients.
+        step()
+        step()
+        peaks[name] = torch.cuda.max_memory_allocated()
+        del step
+        free_memory()
+    return peaks

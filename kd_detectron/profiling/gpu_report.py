@@ -314,8 +314,7 @@ def measure_configs(
             try:
                 cfg = mixed_precision_config(config, device=device, small=small)
                 shape = {"images": count, "size": size, "repeats": repeats}
-                memory = device == "cuda"
-                yield row | {"report": run_benchmark(cfg, name=row["name"], **shape, memory=memory)}
+                yield row | {"report": run_benchmark(cfg, name=row["name"], **shape)}
             except (ConfigError, RuntimeError) as error:  # Out of memory is a RuntimeError.
                 yield row | {"failed": _reason(error)}
             free_memory()

@@ -73,11 +73,7 @@ def format_report(report: dict) -> str:
         f"throughput      {batch['images'] / report['parts'][DISTILLED]['median']:.3g} images/s",
     ]
     if memory:
-        lines += [
-            f"memory ratio    {report['ratios']['memory']:.3f}  distilled step / (student step + "
-            "teacher weights + teacher features + fused features), above idle",
-            "peak memory     " + ", ".join(f"{k} {_mib(v)} MiB" for k, v in memory.items()),
-        ]
+        lines.append("peak MiB        " + ", ".join(f"{k} {_mib(v)}" for k, v in memory.items()))
     return "\n".join(lines)
 
 
@@ -116,8 +112,8 @@ def _mib(size: int | None) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="What a distilled step costs against its parts: times, ratios, peak memory. "
-        "On random weights (nothing is downloaded), on MODEL.DEVICE, or the CPU without a GPU."
+        description="What a distilled step costs against its parts: times, ratios; on a GPU peak "
+        "memory. On random weights (nothing is downloaded), on MODEL.DEVICE, or the CPU without a GPU."
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config-file", metavar="NAME", help="a config by path or bare name")
@@ -134,7 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="of each image, in pixels (480 640)",
     )
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the report here")
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
@@ -155,8 +150,6 @@ def benchmark(args: argparse.Namespace) -> str:
         images=args.images,
         size=tuple(args.size),
         repeats=args.repeats,
-        memory=not args.no_memory,
-        imports=args.imports,
     )
     if args.output:
         save_report(report, args.output)

@@ -27,9 +27,13 @@ from kd_detectron.commands import (
 )
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import is_finished, read_metrics
+from kd_detectron.runs.groups import TEACHER
+from kd_detectron.runs.tables import published_numbers
 from kd_detectron.studies.expected import outside_expected, write_expected
-from kd_detectron.studies.report import TEACHER, write_report
 from kd_detectron.studies.study_file import Study, StudyRun, load_study
+from kd_detectron.visualize.models import choose_records, dataset_records, load_models
+from kd_detectron.visualize.predictions import draw_predictions
+from kd_detectron.visualize.report import write_table_and_curves
 
 # glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
 # time on the CPU (docs/benchmarking.md).
@@ -158,10 +162,18 @@ def report(study: Study) -> None:
     """
     students = study.finished_runs()
     own = students.pop(TEACHER, [None])[0]
-    if students:
-        teacher = own.path if own else teacher_of_others(study)
-        print(write_report(study.output, students, teacher=teacher))
-        print(f"\ntable and pictures: {study.output}")
+    if not students:
+        return
+    teacher = own.path if own else teacher_of_others(study)
+    folder, published = study.output, published_numbers()
+    print(write_table_and_curves(folder, students, teacher=teacher, published=published))
+    # Detections of the first run of each combination of distillers.
+    first = {runs[0].method: (runs[0].path, name) for name, runs in reversed(students.items())}
+    folders, labels = zip(*reversed(first.values()), strict=True)
+    models = load_models(folders, labels=labels, teacher=teacher)
+    records, class_names = dataset_records(models[-1].cfg)
+    draw_predictions(models, choose_records(records, 4), class_names, folder / "predictions.png")
+    print(f"\ntable and pictures: {folder}")
 
 
 def teacher_of_others(study: Study) -> Path | None:

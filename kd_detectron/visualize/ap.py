@@ -32,9 +32,6 @@ def plot_ap(
         path: an image file to write, if any.
         teacher_ap: the teacher's AP by task ("bbox", "segm").
 
-    Returns:
-        The figure, one axes per task that any run was evaluated on.
-
     Raises:
         ConfigError: no run holds an AP.
     """

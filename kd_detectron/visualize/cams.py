@@ -46,16 +46,7 @@ def draw_cams(
     class_names: Sequence[str],
     path: str | Path | None = None,
 ) -> Figure:
-    """Draws the maps of every model for the largest object of every record.
-
-    Args:
-        models: the columns, after the image itself.
-        records: the rows.
-        class_names: names of the K classes.
-        path: an image file to write, if any.
-
-    Returns:
-        The figure: row by row the image and one axes per model, then the colour bar's.
+    """Draws the maps of every model for the largest object of every record, one row per record.
 
     Raises:
         ConfigError: there is no annotated image, or a model has no box head.
@@ -86,17 +77,7 @@ def draw_cams(
 def activation_map(
     model: LoadedModel, record: dict, box: np.ndarray, category: int
 ) -> ActivationMap:
-    """Computes one model's Grad-CAM map for one object.
-
-    Args:
-        model: the detector.
-        record: the image.
-        box: (4,) XYXY in pixels of the image file.
-        category: the class to explain, 0 to K-1.
-
-    Raises:
-        ConfigError: the model has no box head.
-    """
+    """Computes one model's Grad-CAM map for a box (4,), XYXY in pixels of the image file."""
     logits, maps, batch = model.classify(record, box[None])
     gradients = torch.autograd.grad(
         logits[0, category], list(maps.values()), allow_unused=True, materialize_grads=True

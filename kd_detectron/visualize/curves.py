@@ -29,13 +29,9 @@ def plot_curves(
     """Draws the training curves of several runs.
 
     Args:
-        groups: the runs (seeds) of each method, by the name to show; those that logged nothing of a
-            quantity are absent from its panel.
+        groups: the runs (seeds) of each method, by the name to show.
         path: an image file to write, if any.
         teacher_ap: the teacher's AP by task ("bbox", "segm"), a dashed line in the AP panels.
-
-    Returns:
-        The figure, one axes per panel.
 
     Raises:
         ConfigError: no run has logged an AP or a loss.

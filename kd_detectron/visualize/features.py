@@ -106,14 +106,9 @@ def draw_feature_differences(
 ) -> Figure:
     """Draws the difference maps of the first image, and the means over all images as bars.
 
-    Args:
-        teacher: what the students are compared with.
-        students: one column of maps and one colour of bars each; the baseline first.
-        records: the images; the first one is shown.
-        path: an image file to write, if any.
-
     Returns:
-        The figure: the image, the maps level by level, a colour bar, and two bar charts.
+        The figure: one row per student (the image, the maps level by level), a colour bar, and two
+        bar charts.
     """
     found = [compare_features(student, teacher, records) for student in students]
     levels = list(found[0].difference)

@@ -21,12 +21,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def image_grid(records: Sequence[dict], titles: Sequence[str]) -> tuple[Figure, np.ndarray]:
-    """Returns a figure and its axes: one row per record, as high as its image, a column per title.
-
-    Args:
-        records: images, with their ``height``, ``width`` and ``file_name``.
-        titles: of the columns.
-    """
+    """Returns a figure and its axes: a row per record, as high as its image, a column per title."""
     heights = [record["height"] / record["width"] for record in records]
     height = PANEL_INCHES * sum(heights) + 0.35 * len(records) + 1.0
     figure = new_figure(PANEL_INCHES * len(titles) + 0.8, height)
@@ -47,20 +42,16 @@ def image_grid(records: Sequence[dict], titles: Sequence[str]) -> tuple[Figure, 
 def save_figure(figure: Figure, path: str | Path | None) -> Figure:
     """Writes a figure to an image file, if one is named, and returns it."""
     if path is not None:
-        _lay_out(figure)
+        # Panels of a fixed shape need a second pass of the layout, without which texts at the
+        # border are cut off.
+        figure.draw_without_rendering()
         figure.savefig(path)
     return figure
 
 
 def figure_pixels(figure: Figure) -> np.ndarray:
     """Returns what ``save_figure`` would write: (H, W, 3) uint8, RGB."""
-    _lay_out(figure)
+    figure.draw_without_rendering()
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def _lay_out(figure: Figure) -> None:
-    # The layout is found step by step: panels of a fixed shape need a second pass, without which
-    # texts at the border are cut off.
-    figure.draw_without_rendering()

@@ -59,16 +59,6 @@ def draw_correlations(
 ) -> Figure:
     """Draws every model's class correlations, and below each student's its distance to the teacher.
 
-    Args:
-        teacher: what the students are compared with.
-        students: one column each, the baseline first.
-        records: the images whose annotated boxes are classified; at least two boxes in all.
-        class_names: names of the K classes.
-        path: an image file to write, if any.
-
-    Returns:
-        The figure: the teacher's matrix, then each student's matrix and its difference.
-
     Raises:
         ConfigError: as ``box_logits``, fewer than two boxes, or the class counts differ.
     """

@@ -110,11 +110,7 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class CachedOutputs(LoadedModel):
-    """A model's outputs on some records, kept when the model itself is gone: ``model`` is None.
-
-    Attributes:
-        found: detections and features by the record's file name.
-    """
+    """A model's outputs on some records, by file name, kept when the model is gone (None)."""
 
     found: dict[str, tuple[Instances, dict[str, torch.Tensor]]] = field(default_factory=dict)
 
@@ -134,10 +130,7 @@ class CachedOutputs(LoadedModel):
 def load_run_student(run_folder: str | Path, *, label: str = "", dataset: str = "") -> LoadedModel:
     """Loads the student of a run folder: its final checkpoint, or the last one written.
 
-    Args:
-        run_folder: a Detectron2 ``OUTPUT_DIR``.
-        label: what to call it; by default its method and student, "CKD R18".
-        dataset: whose AP stands beside it; by default the first of ``DATASETS.TEST``.
+    Its label is by default its method and student, "CKD R18".
 
     Raises:
         ConfigError: it is no run folder, holds no checkpoint, or the checkpoint does not fit.
@@ -195,7 +188,7 @@ def load_models(
     """Loads the models of one picture: the teacher first, then the students of the runs.
 
     Args:
-        run_folders: Detectron2 ``OUTPUT_DIR``s; that of the teacher among them is drawn once.
+        run_folders: ``OUTPUT_DIR``s; that of the teacher among them is drawn once.
         labels: what to call the runs, one each; by default the names of their rows in a table.
         teacher: the teacher's run folder; by default the teacher that the first distilled run
             names, none where no run is distilled.
@@ -236,10 +229,8 @@ def load_models(
 
 
 def match_test_size(model: LoadedModel, other: CfgNode) -> None:
-    """Makes a model read images at the test size of another's config, so that the two compare.
-
-    A model that pads images to a square (ViTDet) reads larger ones at the size of its square.
-    """
+    """Makes a model read images at the test size of another's config, so that the two compare."""
+    # A model that pads images to a square (ViTDet) reads larger ones at the size of its square.
     square = model.model.backbone.padding_constraints.get("square_size", 0)
     largest = other.INPUT.MAX_SIZE_TEST
     model.cfg.INPUT.MIN_SIZE_TEST = other.INPUT.MIN_SIZE_TEST
@@ -247,11 +238,7 @@ def match_test_size(model: LoadedModel, other: CfgNode) -> None:
 
 
 def dataset_records(cfg: CfgNode, name: str = "") -> tuple[list[dict], list[str]]:
-    """Returns a dataset's records and its class names.
-
-    Args:
-        cfg: a config; its ``DATASETS.COCO_FORMAT`` is registered.
-        name: a registered dataset; by default the first of ``DATASETS.TEST``.
+    """Returns the records and class names of a dataset, by default the first of ``DATASETS.TEST``.
 
     Raises:
         ConfigError: there is no such dataset, or its files are missing.

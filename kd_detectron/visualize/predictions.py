@@ -49,15 +49,7 @@ def draw_predictions(
 ) -> Figure:
     """Draws the detections of every model on every record, beside the ground truth.
 
-    Args:
-        models: the columns, after the ground truth.
-        records: the rows; records without ``annotations`` show an empty ground truth.
-        class_names: names of the K classes.
-        path: an image file to write, if any.
-        score_threshold: detections below it are not drawn.
-
-    Returns:
-        The figure, one axes per panel, row by row.
+    Detections below the score threshold are not drawn.
 
     Raises:
         ConfigError: there is no image, or a model has another number of classes.
