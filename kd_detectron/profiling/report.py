@@ -113,7 +113,7 @@ def _mib(size: int | None) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="What a distilled step costs against its parts: times, ratios; on a GPU peak "
-        "memory. On random weights (nothing is downloaded), on MODEL.DEVICE, or the CPU without a GPU."
+        "memory. Random weights (nothing is downloaded), on MODEL.DEVICE, or the CPU without a GPU."
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config-file", metavar="NAME", help="a config by path or bare name")

@@ -71,24 +71,17 @@ def cam(args: argparse.Namespace) -> None:
 def features(args: argparse.Namespace) -> None:
     from kd_detectron.visualize.features import draw_feature_differences
 
-    models, records, _ = load_models_and_records(args, need_teacher=True)
+    models, records, _ = load_models_and_records(args)
+    if not models[0].is_teacher:
+        raise ConfigError("none of the runs names a teacher to compare with: give --teacher")
     draw_feature_differences(models[0], models[1:], records, args.output)
 
 
-def logits(args: argparse.Namespace) -> None:
-    from kd_detectron.visualize.logits import draw_correlations
-
-    models, records, class_names = load_models_and_records(args, need_teacher=True)
-    draw_correlations(models[0], models[1:], records, class_names, args.output)
-
-
-def load_models_and_records(args: argparse.Namespace, *, need_teacher: bool = False) -> tuple:
+def load_models_and_records(args: argparse.Namespace) -> tuple:
     """The models, the teacher's first; the images to draw; and the names of the classes."""
     from kd_detectron.visualize import models as loading
 
     models = loading.load_models(args.runs, teacher=args.teacher, dataset=args.dataset)
-    if need_teacher and not models[0].is_teacher:
-        raise ConfigError("none of the runs names a teacher to compare with: give --teacher")
     # The last model is a run's student, whose config names the dataset.
     records, class_names = loading.dataset_records(models[-1].cfg, args.dataset)
     if args.images:
@@ -103,7 +96,6 @@ COMMANDS = {
     predictions: ("detections beside the ground truth", 4),
     cam: ("class-activation maps for the same object", 3),
     features: ("distance of each student's features to the teacher's, by FPN level", 16),
-    logits: ("class correlations of the box logits, teacher against students", 50),
 }
 
 

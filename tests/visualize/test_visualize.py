@@ -35,7 +35,6 @@ def runs(write_trained_run):
         ["predictions", "--seed", "3"],
         ["cam", "--count", "1"],
         ["features", "--images", "3.png", "1.png"],
-        ["logits"],
         ["ap"],
         ["curves"],
     ],
@@ -113,7 +112,7 @@ def lazy_teacher(tmp_path):
     return str(config), str(weights)
 
 
-@pytest.mark.parametrize("command", ["predictions", "features", "logits"])
+@pytest.mark.parametrize("command", ["predictions", "features"])
 def test_lazy_config_teacher_is_drawn(
     write_trained_run, lazy_teacher, tmp_path, command, check_picture
 ):
