@@ -33,17 +33,14 @@ class Run:
     """One training run, read from its folder.
 
     Attributes:
-        path: the run folder.
         method: distillers joined by "+", or "baseline".
         student, teacher: short backbone names such as "R18"; teacher is None without distillation.
         detector: "Faster R-CNN", "Mask R-CNN", or the meta-architecture's name.
         results: final AP by task ("bbox", "segm") and metric ("AP", "AP50", ...), without NaN.
         history: metrics by iteration, in order of iteration.
-        config: the run's full config as plain dicts.
         iterations: iterations trained; None if unknown.
         seconds: wall time of the training; None if unknown.
         seed: the run's seed; None or negative: not fixed.
-        finished: whether the training reached its end.
         test_dataset: the dataset that results and history were measured on.
         teacher_folder: the run folder that the teacher's weights come from; None without one.
     """

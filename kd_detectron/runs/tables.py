@@ -156,7 +156,6 @@ def _shown(column: str, value: Estimate | None) -> str:
 def build_table(
     runs: Sequence[Run],
     *,
-    baselines: Sequence[Run] = (),
     teachers: Sequence[Run] = (),
     published: Mapping | None = None,
     names: Mapping[Path, str] = {},
@@ -164,9 +163,7 @@ def build_table(
     """Compares runs.
 
     Args:
-        runs: the runs to compare; those without distillation serve as baselines.
-        baselines: further runs to measure gains against; they get a row, too, and take precedence
-            over those among ``runs``.
+        runs: the runs to compare, at least one; those without distillation serve as baselines.
         teachers: what ``load_teacher`` returned, for the share of the gap that is closed; they get
             a row each.
         published: the published numbers, as ``published_numbers`` returns them; None shows none.
@@ -176,19 +173,8 @@ def build_table(
     Returns:
         The table: for each detector teachers first, then by student baseline and distilled runs.
 
-    Raises:
-        ConfigError: there is no run, or one of ``baselines`` was trained with distillation.
     """
-    if not runs and not baselines:
-        raise ConfigError("there is no run to put into a table: name at least one run folder")
-    for run in baselines:
-        if run.method != BASELINE:
-            raise ConfigError(
-                f"the baseline {run.path} was trained with KD.DISTILLERS {run.method}: a baseline "
-                "is the same student trained with KD.ENABLED False"
-            )
-    named = {run.path.resolve() for run in baselines}
-    groups = group_runs([*baselines, *(run for run in runs if run.path.resolve() not in named)])
+    groups = group_runs(runs)
     first = groups[0][0]
     detectors = {group[0].detector for group in groups}
     rows, notes = [], []
@@ -233,7 +219,7 @@ def build_table(
             if own and base:
                 row.values[f"paper {name} gain"] = Estimate(own.mean - base.mean)
         teacher = _teacher_of(run, teachers, notes)
-        baseline = _baseline_of(run, groups, named, notes)
+        baseline = _baseline_of(run, groups, notes)
         if baseline is not None:
             notes += confounders(f"{row.method} {run.pair}", run, baseline[0])
             _add_gains(row, group, baseline, teacher, notes)
@@ -322,11 +308,9 @@ def _measured(group: Sequence[Run]) -> dict[str, Estimate]:
     return {column: mean_and_deviation(values) for column, values in found.items() if values}
 
 
-def _baseline_of(
-    run: Run, groups: Sequence[list[Run]], named: set[Path], notes: list[str]
-) -> list[Run] | None:
+def _baseline_of(run: Run, groups: Sequence[list[Run]], notes: list[str]) -> list[Run] | None:
     """Returns the runs to measure this one against; notes why where there are none."""
-    taught = teacher_folders([run for group in groups for run in group]) - named
+    taught = teacher_folders([run for group in groups for run in group])
     candidates = [
         group
         for group in groups
@@ -335,13 +319,11 @@ def _baseline_of(
         and (group[0].student, group[0].detector, group[0].test_dataset)
         == (run.student, run.detector, run.test_dataset)
     ]
-    chosen = [group for group in candidates if any(r.path.resolve() in named for r in group)]
-    candidates = chosen or candidates
     if len(candidates) == 1:
         return candidates[0]
     what = f"{run.detector} with student {run.student} on {run.test_dataset}"
     if candidates:
-        notes.append(f"Several different baselines fit {what}: name one with --baseline.")
+        notes.append(f"Several different baselines fit {what}: leave out all but one.")
     else:
         notes.append(f"No baseline run for {what}: no gain is shown.")
     return None

@@ -35,13 +35,7 @@ PART_KEYS = {"part_of": str, "only": list, "seeds": list, **OWN_KEYS}
 class StudyRun:
     """One training of a study.
 
-    Args:
-        name: what tables and figures call it.
-        config: a config by path or bare name.
-        folder: its output folder.
-        opts: KEY VALUE overrides.
-        max_iter: its iterations.
-        teacher_weights: the checkpoint that it distils or inherits from; empty without a teacher.
+    ``teacher_weights`` is the checkpoint that it distils or inherits from; empty without a teacher.
     """
 
     name: str
@@ -80,16 +74,15 @@ class Study:
 
 
 def load_study(file: str, output: str | None = None) -> Study:
-    """Reads and checks a study file.
+    """Reads and checks a study file, by path or by its bare name in ``configs/studies``.
 
     Args:
-        file: its path, or its bare name in ``configs/studies``.
+        file: the study file.
         output: another output folder than the file's.
 
     Raises:
-        ConfigError: there is no such file, it is not readable YAML, a key is missing, unknown or of
-            a wrong type, a name or seed is doubled, a placeholder is unknown, a config or option
-            does not exist, or a finished run was trained with other options.
+        ConfigError: there is no such file, something in it is wrong, a config or option does not
+            exist, or a finished run was trained with other options.
     """
     path, content = _read_study(file)
     folder = Path(output or content["output"])

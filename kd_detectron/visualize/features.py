@@ -30,12 +30,12 @@ _PANEL_INCHES = 2.6
 
 @dataclass(frozen=True)
 class FeatureComparison:
-    """One student against the teacher, over several images.
+    """One student against the teacher, over several images, by level name.
 
     Attributes:
-        difference: mean of 1 - cosine over all locations, by level name.
-        cka: linear CKA over all locations of all images, by level name.
-        maps: the difference (H_l, W_l) at each location of the first image, by level name.
+        difference: mean of 1 - cosine over all locations.
+        cka: linear CKA over all locations of all images.
+        maps: the difference (H_l, W_l) at each location of the first image.
     """
 
     difference: dict[str, float]
