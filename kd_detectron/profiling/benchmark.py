@@ -44,13 +44,7 @@ STUDENT, DISTILLED = "student step", "distilled step"
 
 
 def synthetic_batch(cfg: CfgNode, *, images: int, size: tuple[int, int]) -> list[dict]:
-    """Detectron2 training inputs of noise, the same in every process.
-
-    Args:
-        cfg: says the number of classes and whether, and how, masks are given.
-        images: N.
-        size: height and width of each image in pixels.
-    """
+    """N Detectron2 training inputs of noise, of a height and width; the same each time."""
     random = np.random.default_rng(_SEED)
     height, width = size
     batch = []
@@ -200,14 +194,7 @@ def run_benchmark(
     size: tuple[int, int] = (480, 640),
     repeats: int = 5,
 ) -> dict:
-    """Measures one config.
-
-    Args:
-        cfg: a distilled config; its weights are not loaded.
-        name: what to call it in the report.
-        images: N.
-        size: height and width in pixels.
-        repeats: measured rounds.
+    """Measures one distilled config on N images of a height and width; loads no weights.
 
     Returns:
         The report, plain data, as it is written to JSON.

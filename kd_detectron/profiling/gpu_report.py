@@ -1,12 +1,5 @@
 """Checks and measurements on one machine: does every part work, and what does it cost?
 
-- :func:`method_checks`: steps of every registered distiller on Faster R-CNN, Mask R-CNN and
-  RetinaNet, in each precision that the device has.
-- :func:`command_checks`: training, resuming, evaluation and export as commands, each in a process
-  of its own, on images that are drawn here.
-- :func:`measure_configs`: each config's step against the plain step, with peak memory on CUDA.
-- :func:`teacher_variants`: the teacher's backbone compiled, as a CUDA graph, on its own stream.
-
 Weights are random and images are noise or drawn, so that nothing is downloaded. On a CPU everything
 runs at a small size, as in the tests. ``tools/gpu_report.py`` is the command, ``docs/gpu.md`` says
 how to read its output.
@@ -28,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_detectron.config import get_config
+from kd_detectron.context import half_precision
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError, did_you_mean
@@ -119,7 +113,7 @@ def device_precisions(device: str) -> list[str]:
     """float16 needs loss scaling, which there is on CUDA alone; bfloat16 needs a recent GPU."""
     if device == "cpu":
         return ["fp32", "bf16"]
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bf16 = half_precision(torch.device(device)) is torch.bfloat16
     return ["fp32", "fp16", "bf16"] if has_bf16 else ["fp32", "fp16"]
 
 

@@ -164,9 +164,8 @@ def build_table(
 
     Args:
         runs: the runs to compare, at least one; those without distillation serve as baselines.
-        teachers: what ``load_teacher`` returned, for the share of the gap that is closed; they get
-            a row each.
-        published: the published numbers, as ``published_numbers`` returns them; None shows none.
+        teachers: what ``load_teacher`` returned; they get a row each.
+        published: what ``published_numbers`` returns; None shows none.
         names: what to call the row of a run, by its folder; by default its method, and what sets it
             apart from others of that method.
 
@@ -192,10 +191,8 @@ def build_table(
                 f"The teacher {teacher.path} has no AP: it was not evaluated, or its evaluation "
                 "found no object. No share of its gap is shown."
             )
-        values = _measured([teacher]) | _paper(
-            published, teacher, f"{teacher.student}-*", "Teacher"
-        )
-        pair = teacher.student or MISSING
+        paper = _paper(published, teacher, f"{teacher.student}-*", "Teacher")
+        values, pair = _measured([teacher]) | paper, teacher.student or MISSING
         rows.append(Row(TEACHER, pair, teacher.detector, 1, distilled=False, values=values))
     for group, label in zip(groups, group_names(groups), strict=True):
         run = group[0]
@@ -254,14 +251,11 @@ def _detector_of_file(teacher: Run, detectors: set[str]) -> str:
 
 
 def load_teacher(path: str | Path, dataset: str = "") -> Run:
-    """Reads a teacher's AP from a run folder or from a JSON file.
+    """Reads a teacher's AP from a run folder, as ``load_run``, or from a JSON file.
 
-    Args:
-        path: a run folder (of a teacher that detected nothing there are no results), or a JSON
-            object with ``"AP"`` (box AP) and any other metrics, or with ``"bbox"`` and ``"segm"``
-            objects of them; an optional ``"name"`` ("R101") and ``"detector"`` ("Mask R-CNN") limit
-            it to the rows of that teacher and that detector.
-        dataset: whose AP to read of a run folder, as in ``load_run``.
+    The file holds an object with ``"AP"`` (box AP) and any other metrics, or with ``"bbox"`` and
+    ``"segm"`` objects of them; an optional ``"name"`` ("R101") and ``"detector"`` ("Mask R-CNN")
+    limit it to the rows of that teacher and that detector.
 
     Raises:
         ConfigError: there is no such file, or it holds no AP.

@@ -27,13 +27,7 @@ from kd_detectron.visualize.predictions import ground_truth
 
 @dataclass(frozen=True)
 class ActivationMap:
-    """One model's map for one object.
-
-    Attributes:
-        values: (H, W) of the image file, 0 to 1.
-        level: the FPN level that it was computed on.
-        probability: what the model gives to the object's class.
-    """
+    """One model's map (H, W), 0 to 1, on one FPN level, and its probability of the class."""
 
     values: np.ndarray
     level: str

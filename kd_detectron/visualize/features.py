@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -136,26 +137,24 @@ def draw_feature_differences(
     top.colorbar(bar, ax=panels, shrink=0.8, pad=0.01, label="1 - cosine (0: same)")
 
     charts = bottom.subplots(1, 2)
-    labels = [student.label for student in students]
-    _draw_bars(charts[0], [one.difference for one in found], labels)
+    _draw_bars(charts[0], [one.difference for one in found], "1 - cosine")
     charts[0].set_title(f"Mean difference over {len(records)} images (lower: closer)")
-    charts[0].set_ylabel("1 - cosine")
-    _draw_bars(charts[1], [one.cka for one in found], labels)
+    _draw_bars(charts[1], [one.cka for one in found], "linear CKA")
     charts[1].set_title(f"Alignment over {len(records)} images (higher: closer)")
-    charts[1].set_ylabel("linear CKA")
-    bottom.legend(charts[0].containers, labels, loc="outside lower center", ncols=4, frameon=False)
+    names = [student.label for student in students]
+    bottom.legend(charts[0].containers, names, loc="outside lower center", ncols=4, frameon=False)
     return save_figure(figure, path)
 
 
-def _draw_bars(axes, values: Sequence[dict[str, float]], labels: Sequence[str]) -> None:
+def _draw_bars(axes: Axes, values: Sequence[dict[str, float]], label: str) -> None:
     """One group of bars per level, one colour per student."""
     width = 0.8 / len(values)
     positions = np.arange(len(values[0]))
-    for index, (one, label) in enumerate(zip(values, labels, strict=True)):
+    for index, one in enumerate(values):
         offset = (index - (len(values) - 1) / 2) * width
         colour = PALETTE[index % len(PALETTE)]
-        bars = axes.bar(positions + offset, one.values(), 0.92 * width, color=colour, label=label)
+        bars = axes.bar(positions + offset, one.values(), 0.92 * width, color=colour)
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
     axes.set_xticks(positions, values[0])
-    axes.set_xlabel("FPN level")
+    axes.set(xlabel="FPN level", ylabel=label)
     axes.margins(y=0.12)

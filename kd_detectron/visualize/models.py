@@ -36,12 +36,7 @@ from kd_detectron.runs.run import TASKS, Run, backbone_name, load_run
 class LoadedModel:
     """A detector in eval mode, and what a picture says of it.
 
-    Attributes:
-        label: what it is called in pictures.
-        model: the Detectron2 detector.
-        cfg: its whole config.
-        ap: text such as "37.7 box AP"; empty if unknown.
-        is_teacher: whether the students are compared with it.
+    ``ap`` is a text such as "37.7 box AP", empty if unknown.
     """
 
     label: str

@@ -22,10 +22,10 @@ def write_table_and_curves(
         folder: where to write them.
         methods: the finished students' runs (seeds) by the name of their row.
         teacher: the run folder of the teacher.
-        published: published numbers to show beside, as in :func:`build_table`.
+        published: as in :func:`build_table`.
 
     Returns:
-        The table as text, to be printed.
+        The table as text.
     """
     runs = [run for seeds in methods.values() for run in seeds]
     names = {run.path: name for name, seeds in methods.items() for run in seeds}
