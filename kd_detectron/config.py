@@ -156,7 +156,7 @@ def find_config(name: str) -> str:
     known = [
         path.relative_to(config_dir()).as_posix()
         for path in config_dir().rglob("*.yaml")
-        if path.parent.name not in ("_base_", "studies")
+        if path.parent.name not in ("_base_", "studies", "torchvision")
     ]
     near = did_you_mean(os.path.basename(name) if os.path.isabs(name) else name, known)
     raise ConfigError(f"--config-file '{name}' is neither a file nor a known config{near}")

@@ -137,11 +137,13 @@ def command(data, output, *more):
 
 def test_command_line_overrides_the_file(tmp_path):
     file = {"train": ["a.json", "a"], "val": ["b.json", "b"], "student": "x", "iterations": 7}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(file | {"output": "here", "steps": [3, 5]}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(file | {"output": "here", "steps": [3, 5]}))
+    (tmp_path / "run.yaml").write_text("_BASE_: base.yaml\nbatch_size: 3\n")
     line = ["--config", str(tmp_path / "run.yaml"), "--iterations", "9"]
     line += ["--distillers", "CKD=0.1", "ReviewKD", "--inherit", "rpn"]
     read = read_options(build_parser().parse_args(line))
     assert (read.iterations, read.steps, read.inherit) == (9, (3, 5), ("rpn",))
+    assert (read.student, read.batch_size) == ("x", 3)
     assert read.distillers == {"CKD": {"weight": 0.1}, "ReviewKD": {}}
 
 
