@@ -25,7 +25,9 @@ def build_parser() -> argparse.ArgumentParser:
         description="Trains a torchvision detector on COCO-format data, distilled or not."
     )
     parser.add_argument(
-        "--config", metavar="YAML", help="a file of these options, by name; _BASE_ names another one"
+        "--config",
+        metavar="YAML",
+        help="a file of these options, by name; _BASE_ names another one",
     )
     parser.add_argument("--output", help="the run folder")
     for split in ("train", "val"):
