@@ -31,10 +31,9 @@ from kd_detectron.profiling.benchmark import (
     autocast_options,
     free_memory,
     run_benchmark,
-    spread,
     synthetic_batch,
-    time_parts,
 )
+from kd_detectron.profiling.timing import spread, time_parts
 
 DETECTORS = {
     "Faster R-CNN": "ckd_rcnn_r101_r18.yaml",
