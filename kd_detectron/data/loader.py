@@ -11,7 +11,6 @@ uninterrupted one. Here:
    from (seed, position), and puts the previous states back.
 
 An element that cannot be used is replaced by a choice that also depends on (seed, position) only.
-``tests/data/test_loader.py`` pins all of it.
 """
 
 import logging
@@ -56,23 +55,16 @@ def build_train_loader(
             Where it returns None another image is taken.
 
     Raises:
-        ConfigError: the batch cannot be divided among the processes, no image is usable, or the
-            sampler is unknown.
+        ConfigError: the batch cannot be divided among the processes, or the sampler is unknown.
     """
     batch_size = _share_of_batch(cfg.SOLVER.IMS_PER_BATCH)
-    try:
-        dataset_dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=(
-                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-            ),
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-    except AssertionError as error:
-        raise ConfigError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} gives no usable image: {error}"
-        ) from error
+    min_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    dataset_dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=min_keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
     return ResumableLoader(
         dataset_dicts,
         mapper if mapper is not None else DatasetMapper(cfg, is_train=True),
@@ -178,9 +170,9 @@ class ResumableLoader:
         max_corrupt_images: int = 0,
     ):
         self._dicts = DatasetFromList(dataset_dicts, copy=False)
-        self._groups = [0] * len(dataset_dicts)
+        self._groups = [False] * len(dataset_dicts)
         if group_by_aspect_ratio:
-            self._groups = [_aspect_ratio_group(record) for record in dataset_dicts]
+            self._groups = [record["width"] > record["height"] for record in dataset_dicts]
         self._mapper = mapper
         self._make_sampler = make_sampler
         self._batch_size = batch_size
@@ -197,14 +189,12 @@ class ResumableLoader:
     def __iter__(self) -> Iterator[list[dict]]:
         loader = DataLoader(
             _SeededDataset(
-                self._dicts, self._mapper, self._seed, max_corrupt_images=self._max_corrupt_images
+                self._dicts,
+                PicklableWrapper(self._mapper),
+                self._seed,
+                self._max_corrupt_images,
             ),
-            batch_sampler=_BatchSampler(
-                self._make_sampler(self._seed),
-                self._groups,
-                batch_size=self._batch_size,
-                skip=self._iteration,
-            ),
+            batch_sampler=islice(self._batches(), self._iteration, None),
             num_workers=self._num_workers,
             collate_fn=trivial_batch_collator,
             # A generator of its own: otherwise starting the loader draws from the global state,
@@ -212,24 +202,35 @@ class ResumableLoader:
             generator=torch.Generator().manual_seed(self._seed),
         )
         for elements in loader:
-            for element in elements:
-                self._note_corrupt(element)
-            yield [element.data for element in elements]
+            for _, file_name, corrupt in elements:
+                self._note_corrupt(file_name, corrupt)
+            yield [data for data, _, _ in elements]
 
-    def _note_corrupt(self, element: "_Element") -> None:
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        """This rank's batches of (position, index) pairs, from the first."""
+        waiting: dict[bool, list] = {False: [], True: []}
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        for count, index in enumerate(self._make_sampler(self._seed)):
+            batch = waiting[self._groups[index]]
+            batch.append((rank + count * world_size, index))
+            if len(batch) == self._batch_size:
+                yield batch[:]
+                batch.clear()
+
+    def _note_corrupt(self, taken: str, corrupt: dict[str, str]) -> None:
         # Here and not in the workers, so that one count holds whatever their number.
-        for file_name, (reason, fix) in element.corrupt.items():
+        for file_name, reason in corrupt.items():
             self._corrupt.add(file_name)
             count, most = len(self._corrupt), self._max_corrupt_images
             if count > most:
                 raise CorruptImageError(
                     f"cannot use image '{file_name}' ({reason}) and DATALOADER.MAX_CORRUPT_IMAGES"
-                    f" is {most}; {fix}, or set DATALOADER.MAX_CORRUPT_IMAGES to at least {count},"
-                    " and --resume"
+                    f" is {most}; repair it or correct its annotated size, or set"
+                    f" DATALOADER.MAX_CORRUPT_IMAGES to at least {count}, and --resume"
                 )
             logger.warning(
                 "Skipped image '%s' (%s), taking '%s' instead; %d of at most %d such images",
-                *(file_name, reason, element.file_name, count, most),
+                *(file_name, reason, taken, count, most),
             )
 
 
@@ -248,104 +249,49 @@ def _sampler_factory(cfg: CfgNode, dataset_dicts: list[dict]) -> Callable[[int],
     )
 
 
-def _aspect_ratio_group(record: dict) -> int:
-    if "width" not in record or "height" not in record:
-        raise ConfigError(
-            f"DATALOADER.ASPECT_RATIO_GROUPING is True but '{record['file_name']}' has no width and"
-            " height in its dataset dict; add them, or set DATALOADER.ASPECT_RATIO_GROUPING to"
-            " False"
-        )
-    return int(record["width"] > record["height"])
-
-
-class _BatchSampler:
-    """Batches of (position, index) pairs, without the first ``skip`` batches.
-
-    Args:
-        sampler: this rank's indices, as Detectron2's samplers give them.
-        groups: for each index the group (0 or 1) whose images share a batch.
-        batch_size: images of a batch on this rank.
-        skip: number of batches to leave out.
-    """
-
-    def __init__(self, sampler: Sampler, groups: list[int], *, batch_size: int, skip: int):
-        self._sampler = sampler
-        self._groups = groups
-        self._batch_size = batch_size
-        self._skip = skip
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return islice(self._batches(), self._skip, None)
-
-    def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        waiting: tuple[list, list] = ([], [])
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        for count, index in enumerate(self._sampler):
-            batch = waiting[self._groups[index]]
-            batch.append((rank + count * world_size, index))
-            if len(batch) == self._batch_size:
-                yield batch[:]
-                batch.clear()
-
-
 @dataclass(frozen=True)
-class _Element:
-    """A mapped image, and what had to be skipped to get it (file name: reason and fix)."""
-
-    data: dict | None
-    file_name: str
-    corrupt: dict[str, tuple[str, str]]
-
-
 class _SeededDataset(Dataset):
     """Maps the image at (position, index), as a function of (seed, position, index) alone."""
 
-    def __init__(
-        self,
-        dicts: DatasetFromList,
-        mapper: Callable[[dict], dict | None],
-        seed: int,
-        *,
-        max_corrupt_images: int,
-    ):
-        self._dicts = dicts
-        self._mapper = PicklableWrapper(mapper)
-        self._seed = seed
-        self._max_corrupt_images = max_corrupt_images
+    dicts: DatasetFromList
+    mapper: Callable[[dict], dict | None]
+    seed: int
+    max_corrupt_images: int
 
     def __len__(self) -> int:
-        return len(self._dicts)
+        return len(self.dicts)
 
-    def __getitem__(self, key: tuple[int, int]) -> _Element:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict | None, str, dict[str, str]]:
+        """The mapped image, its file name, and what was skipped before (file name: reason)."""
         position, index = key
-        corrupt: dict[str, tuple[str, str]] = {}
-        with _seeded(self._seed, position) as choice:
-            for _ in range(10 * len(self._dicts)):
-                record = self._dicts[index]
+        corrupt: dict[str, str] = {}
+        with _seeded(self.seed, position) as choice:
+            for _ in range(10 * len(self.dicts)):
+                record = self.dicts[index]
                 file_name = record["file_name"]
                 try:
-                    data = self._mapper(record)
+                    data = self.mapper(record)
                 except Exception as error:
-                    corrupt[file_name] = _reason_and_fix(file_name, error)
-                    if len(corrupt) > self._max_corrupt_images:
-                        return _Element(None, file_name, corrupt)
-                    index = (index + 1) % len(self._dicts)
+                    corrupt[file_name] = _reason(file_name, error)
+                    if len(corrupt) > self.max_corrupt_images:
+                        return None, file_name, corrupt
+                    index = (index + 1) % len(self.dicts)
                     continue
                 if data is not None:
-                    return _Element(data, file_name, corrupt)
+                    return data, file_name, corrupt
                 # As Detectron2's MapDataset: any other image.
-                index = choice.randrange(len(self._dicts))
+                index = choice.randrange(len(self.dicts))
         raise RuntimeError(f"no usable image was found in many tries, the last is '{file_name}'")
 
 
-def _reason_and_fix(file_name: str, error: Exception) -> tuple[str, str]:
-    """Why an image cannot be used, and what to do; raises if the image is not the reason."""
+def _reason(file_name: str, error: Exception) -> str:
+    """Why an image cannot be used; raises if the image is not the reason."""
     if isinstance(error, SizeMismatchError):
-        return str(error), "correct its width and height in the annotation file"
+        return str(error)
     try:
         read_image(file_name)
     except Exception as unreadable:
-        return f"{type(unreadable).__name__}: {unreadable}", "repair the image"
+        return f"{type(unreadable).__name__}: {unreadable}"
     raise RuntimeError(f"the mapper failed on image '{file_name}'") from error
 
 

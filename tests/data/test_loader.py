@@ -106,13 +106,6 @@ def test_aspect_ratios_are_not_mixed_in_a_batch(build):
         assert len({element["width"] > element["height"] for element in batch}) == 1
 
 
-def test_images_without_sizes_need_grouping_off():
-    from kd_detectron.data.loader import _aspect_ratio_group
-
-    with pytest.raises(ConfigError, match="DATALOADER.ASPECT_RATIO_GROUPING"):
-        _aspect_ratio_group({"file_name": "a.png"})
-
-
 def test_ranks_share_out_the_stream_of_one_process(build, monkeypatch):
     options = {"SOLVER.IMS_PER_BATCH": 4, "DATALOADER.ASPECT_RATIO_GROUPING": False}
     alone = batches(build(**options), 5)
@@ -165,13 +158,6 @@ def test_images_without_annotations_are_left_out_if_so_configured(build, make_co
     assert "0.png" not in seen and len(seen) == 5
     loader = build(content, **{"DATALOADER.FILTER_EMPTY_ANNOTATIONS": False})
     assert "0.png" in {name for batch in batches(loader, 12) for name in names(batch)}
-
-
-def test_dataset_without_a_usable_image_is_refused(build, make_coco):
-    content = make_coco(2)
-    content["annotations"] = []
-    with pytest.raises(ConfigError, match="DATASETS.TRAIN .*tiny.* gives no usable image"):
-        build(content)
 
 
 def test_repeat_factor_sampler_is_resumable(build, make_coco):
@@ -318,8 +304,8 @@ def test_image_of_another_size_than_annotated_counts_as_corrupt(build, make_coco
     content = make_coco(2)
     loader = build(content)
     content["images"][0]["width"] += 1
-    advice = "correct its width and height in the annotation file"
-    with pytest.raises(CorruptImageError, match=f"Mismatched image shape.*; {advice}"):
+    advice = "repair it or correct its annotated size"
+    with pytest.raises(CorruptImageError, match=f"Mismatched image shape.*{advice}"):
         batches(build_with_wrong_size(loader, content), 6)
 
 
