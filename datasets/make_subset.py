@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import exit_code
+from kd_detectron.data.coco_format import read_coco
 from kd_detectron.errors import ConfigError
 
 
@@ -46,12 +47,9 @@ def make_subset(
             f"source '{source}', target '{target}' and --rest '{rest or ''}' must be different"
             " files; name another"
         )
-    try:
-        content = json.loads(Path(source).read_text())
-        entries, annotations = content["images"], content["annotations"]
-        identifiers = sorted(entry["id"] for entry in entries)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"'{source}' is not a COCO-format annotation file: {error!r}") from error
+    content = read_coco(source, "source")
+    entries, annotations = content["images"], content["annotations"]
+    identifiers = sorted(entry["id"] for entry in entries)
     most = len(entries) - (rest is not None)
     if not 0 < images <= most:
         raise ConfigError(

@@ -10,10 +10,12 @@ turn a loss into NaN. Builtin datasets are left alone.
 """
 
 import functools
+import json
 import logging
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -28,6 +30,47 @@ def resolve_path(path: str) -> str:
     """Returns ``path`` below ``DETECTRON2_DATASETS``; an absolute path as it is."""
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     return os.path.join(os.path.expanduser(root), os.path.expanduser(path))
+
+
+def read_coco(path: str | os.PathLike, title: str) -> dict:
+    """Reads a COCO-format file; its "images", "annotations", "categories" are lists, if empty.
+
+    Args:
+        path: the file.
+        title: what the file is, for messages, such as the option that names it.
+
+    Raises:
+        ConfigError: it cannot be read, is no JSON, or not in COCO format.
+    """
+    title = f"{title} '{os.path.abspath(path)}'"
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{title} is not readable as JSON ({error}); it may be cut off: fetch or write it again"
+        ) from error
+    parts = {"images": [], "annotations": [], "categories": []}
+    content = parts | content if isinstance(content, dict) else {}
+    if not content or not all(isinstance(content[part], list) for part in parts):
+        raise ConfigError(
+            f"{title} is not in COCO format; it must hold"
+            ' {"images": [...], "annotations": [...], "categories": [...]}'
+        )
+    return content
+
+
+def read_categories(path: str | os.PathLike, title: str) -> list[dict]:
+    """The "id" and "name" of a COCO-format file's categories, in Detectron2's order of classes.
+
+    Raises:
+        ConfigError: as :func:`read_coco`, or a category has no id or no name.
+    """
+    categories = read_coco(path, title)["categories"]
+    try:
+        categories = [{"id": entry["id"], "name": entry["name"]} for entry in categories]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{title} '{path}' has a category without id or name") from error
+    return sorted(categories, key=lambda entry: entry["id"])
 
 
 def is_usable_box(box: Sequence[float], width: int, height: int) -> bool:

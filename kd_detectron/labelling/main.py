@@ -79,16 +79,16 @@ def label(args: argparse.Namespace) -> None:
     cfg = teacher_cfg_from(
         config_file=args.config_file, teacher=args.teacher, weights=args.weights, opts=args.opts
     )
-    labeller = load_labeller(cfg)
-    categories = categories_of(labeller, args.categories)
+    model, mapper = load_labeller(cfg)
+    categories = categories_of(cfg, model, args.categories)
+    thresholds = parse_thresholds(args.score_threshold, [each["name"] for each in categories])
     counts = label_images(
-        labeller,
+        model,
+        mapper,
         images,
         args.output,
         categories=categories,
-        thresholds=parse_thresholds(
-            args.score_threshold or ["0.5"], [each["name"] for each in categories]
-        ),
+        thresholds=thresholds,
         source=f"{cfg.KD.TEACHER.CONFIG_FILE} {cfg.KD.TEACHER.WEIGHTS}".strip(),
         batch_size=args.batch_size,
         workers=args.workers,

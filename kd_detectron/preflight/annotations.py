@@ -5,18 +5,17 @@ the file, the value and the fix. The checks read the file, a listing of each ima
 headers of image files: of all in a test set, of at most 5000 in a training set.
 """
 
-import json
 import logging
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from kd_detectron.data.coco_format import box_fault
+from kd_detectron.data.coco_format import is_usable_box, read_coco
 from kd_detectron.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class DatasetSummary:
     def __str__(self) -> str:
         return (
             f"{self.name}: {self.images} images, {self.annotations} annotations,"
-            f" {len(self.classes)} classes ({some(self.classes)})"
+            f" {count_classes(self.classes)}"
         )
 
 
@@ -56,6 +55,7 @@ def check_coco_files(
     image_dir: str,
     *,
     name: str,
+    key: str = "",
     for_training: bool = True,
     for_test: bool = True,
     mask_format: str | None = None,
@@ -66,39 +66,41 @@ def check_coco_files(
 
     Args:
         json_file, image_dir: the two paths.
-        name: how error messages call the dataset, e.g. "DATASETS.TRAIN 'cells'".
+        name: the dataset's name.
+        key: the config key that names it, for messages.
         for_training: whether it must hold annotations.
         for_test: whether the annotations need what the COCO evaluation reads.
         mask_format: ``INPUT.MASK_FORMAT`` of a model that learns masks; None without masks.
         num_keypoints: how many keypoints an object of a keypoint model has; None without keypoints.
         max_corrupt_images: how many images of another size than annotated the training may skip.
     """
-    content = _read_json(name, json_file)
-    title = f"{name}: '{absolute(json_file)}'"
-    if not PathManager.isdir(image_dir):
+    name_in_messages = f"{key} '{name}'" if key else name
+    title = f"{name_in_messages}: '{os.path.abspath(json_file)}'"
+    if not os.path.isfile(json_file):
         raise ConfigError(
-            f"{name}: image folder '{absolute(image_dir)}' does not exist ({datasets_root()});"
-            " put the images there or correct the path"
+            f"{name_in_messages}: annotation file '{os.path.abspath(json_file)}' does not exist"
+            f" ({datasets_root()}); put it there, or set DETECTRON2_DATASETS to the folder that"
+            " holds your datasets"
+        )
+    content = read_coco(json_file, f"{name_in_messages}: annotation file")
+    if not os.path.isdir(image_dir):
+        raise ConfigError(
+            f"{name_in_messages}: image folder '{os.path.abspath(image_dir)}' does not exist"
+            f" ({datasets_root()}); put the images there or correct the path"
         )
     images, annotations = content["images"], content["annotations"]
-    for part, use in (("categories", "the classes"), ("images", "what there is to use")):
+    for part in ("categories", "images"):
         if not content[part]:
-            raise ConfigError(f"{title} lists no {part}; its '{part}' name {use}")
+            raise ConfigError(f"{title} lists no {part}, without which it cannot be used")
     rules = ANNOTATION_RULES + (TEST_RULES if for_test else [])
     if for_test and num_keypoints is not None:
         rules = [*rules, ("num_keypoints", _is_whole, "how many keypoints are labelled")]
-    _check_entries(title, "categories", content["categories"], CATEGORY_RULES, unique=True)
-    _check_entries(title, "images", images, IMAGE_RULES, unique=True)
+    _check_entries(title, "categories", content["categories"], CATEGORY_RULES)
+    _check_entries(title, "images", images, IMAGE_RULES)
     # Detectron2 makes the same exception for COCO 2014.
     _check_entries(title, "annotations", annotations, rules, unique="minival" not in json_file)
-    ids = [image["id"] for image in images] + [a["image_id"] for a in annotations]
-    if len({isinstance(image_id, str) for image_id in ids}) > 1:
-        raise ConfigError(
-            f"{title} has image ids that are numbers and others that are text; write all alike,"
-            " those of 'image_id' in the annotations too"
-        )
     files = [os.path.join(image_dir, image["file_name"]) for image in images]
-    check_on_disk(name, files)
+    check_on_disk(name_in_messages, files)
     usable = _usable(title, content)
     objects = [annotation for annotation in usable if not annotation.get("iscrowd", 0)]
     if for_training and not objects:
@@ -109,16 +111,14 @@ def check_coco_files(
         )
     if not annotations:
         logger.warning("%s lists no annotations, so it cannot be used to compute AP", title)
-    if mask_format is not None:
-        _check_masks(title, objects, images, mask_format if for_training else "bitmask")
-    if num_keypoints is not None:
-        _check_keypoints(title, objects, num_keypoints)
+    rules = _model_rules(mask_format, num_keypoints, for_training=for_training)
+    _check_entries(title, "annotations", objects, rules, unique=False)
     if for_test:
         _check_image_sizes(title, images, files)
     elif for_training:
         step = -(-len(files) // MAX_TRAIN_HEADERS)
         _check_image_sizes(title, images[::step], files[::step], allowed=max_corrupt_images)
-    categories = sorted(content["categories"], key=_id)
+    categories = sorted(content["categories"], key=lambda category: category["id"])
     return DatasetSummary(name, len(images), len(usable), tuple(c["name"] for c in categories))
 
 
@@ -129,112 +129,75 @@ def check_on_disk(title: str, file_names: Iterable[str]) -> None:
     """
     file_names, present = list(file_names), set()
     for folder in {os.path.dirname(file_name) for file_name in file_names}:
-        if PathManager.isdir(folder):
-            present.update(os.path.join(folder, base) for base in PathManager.ls(folder))
-    missing = [file_name for file_name in file_names if file_name not in present]
+        if os.path.isdir(folder):
+            present.update(os.path.join(folder, base) for base in os.listdir(folder))
+    missing = [os.path.abspath(name) for name in file_names if name not in present]
     if missing:
         which = "all" if len(missing) == len(file_names) else f"{len(missing)} of"
         raise ConfigError(
             f"{title}: {which} {len(file_names)} images are not on disk ({datasets_root()}):"
-            f" {some([repr(absolute(file_name)) for file_name in missing])}; put them there,"
-            " correct the image folder, or remove them from the annotation file"
+            f" {some(map(repr, missing))}; put them there, correct the image folder, or remove"
+            " them from the annotation file"
         )
-
-
-def _read_json(name: str, json_file: str) -> dict[str, list]:
-    if not PathManager.isfile(json_file):
-        raise ConfigError(
-            f"{name}: annotation file '{absolute(json_file)}' does not exist"
-            f" ({datasets_root()}); put it there, or set DETECTRON2_DATASETS to the folder that"
-            " holds your datasets"
-        )
-    try:
-        with PathManager.open(json_file, "r") as file:
-            content = json.load(file)
-    except (ValueError, OSError) as error:
-        raise ConfigError(
-            f"{name}: annotation file '{absolute(json_file)}' is not readable as JSON ({error});"
-            " it may be cut off: fetch or write it again"
-        ) from error
-    parts = ("images", "annotations", "categories")
-    content = {part: content.get(part, []) for part in parts} if isinstance(content, dict) else {}
-    if not content or not all(isinstance(part, list) for part in content.values()):
-        raise ConfigError(
-            f"{name}: annotation file '{absolute(json_file)}' is not in COCO format; it must hold"
-            ' {"images": [...], "annotations": [...], "categories": [...]}'
-        )
-    return content
 
 
 def _usable(title: str, content: Mapping[str, list]) -> list[dict]:
     """Returns the annotations that are trained on or evaluated; logs how many are not."""
     sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    faults: Counter[str | None] = Counter()
-    unknown: Counter[int] = Counter()
-    usable, past_the_edge, perhaps_corners = [], 0, True
-    for annotation in content["annotations"]:
-        if annotation["category_id"] not in categories:
-            unknown[annotation["category_id"]] += 1
-        size = sizes.get(annotation["image_id"])
-        x, y, w, h = annotation["bbox"]
-        fault = "of no image" if size is None else box_fault((x, y, w, h), *size)
-        faults[fault] += 1
-        if fault is None:
-            usable.append(annotation)
-            past_the_edge += x + w > size[0] + 1 or y + h > size[1] + 1
-            perhaps_corners = perhaps_corners and w > x and h > y
+    listed = {category["id"] for category in content["categories"]}
+    unknown = {annotation["category_id"] for annotation in content["annotations"]} - listed
     if unknown:
         raise ConfigError(
             f"{title} has annotations of the category ids {some(unknown)}, which its 'categories'"
             " do not list; add these categories or remove the annotations"
         )
+    of_images = [x for x in content["annotations"] if x["image_id"] in sizes]
+    usable, past_the_edge, perhaps_corners = [], 0, True
+    for annotation in of_images:
+        (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
+        if is_usable_box((x, y, w, h), width, height):
+            usable.append(annotation)
+            past_the_edge += x + w > width + 1 or y + h > height + 1
+            perhaps_corners = perhaps_corners and w > x and h > y
     if perhaps_corners and past_the_edge > len(usable) / 2:
         raise ConfigError(
             f"{title}: {past_the_edge} of {len(usable)} boxes reach past their image, and all would"
             " fit as [x0, y0, x1, y1]; write 'bbox' as [x, y, width, height]"
         )
-    if faults["of no image"]:
-        logger.warning(
-            "%s: %d annotations belong to no listed image and are not used",
-            *(title, faults["of no image"]),
-        )
-    if faults["empty"] or faults["outside"]:
-        logger.warning(
-            "%s: %d boxes have no area and %d lie outside their image; they are not trained on",
-            *(title, faults["empty"], faults["outside"]),
-        )
+    for without, count in (
+        ("belong to no listed image", len(content["annotations"]) - len(of_images)),
+        ("have no area or lie outside their image", len(of_images) - len(usable)),
+    ):
+        if count:
+            logger.warning("%s: %d annotations %s and are not used", title, count, without)
     return usable
 
 
-def _check_masks(title: str, objects: list, images: list, mask_format: str) -> None:
-    title = f"{title}: MODEL.MASK_ON is True"
-    _check_entries(title, "annotations", objects, [("segmentation", bool, "polygons or RLE")])
-    sizes = {image["id"]: [image["height"], image["width"]] for image in images}
-    for annotation in objects:
-        mask, size = annotation["segmentation"], sizes[annotation["image_id"]]
-        if isinstance(mask, dict) and mask_format == "polygon":
-            raise ConfigError(
-                f"{title} and annotation {annotation['id']} has its mask in RLE but"
-                " INPUT.MASK_FORMAT is 'polygon'; set INPUT.MASK_FORMAT to 'bitmask'"
+def _model_rules(
+    mask_format: str | None, num_keypoints: int | None, *, for_training: bool
+) -> list[Rule]:
+    """What a mask or keypoint model needs of each object."""
+    rules = []
+    if mask_format is not None:
+        kinds = (list,) if for_training and mask_format == "polygon" else (list, dict)
+        rules.append(
+            (
+                "segmentation",
+                lambda value: bool(value) and isinstance(value, kinds),
+                f"polygons, or RLE with INPUT.MASK_FORMAT 'bitmask', as MODEL.MASK_ON is True and"
+                f" INPUT.MASK_FORMAT is '{mask_format}'",
             )
-        if isinstance(mask, dict) and ("counts" not in mask or mask.get("size") != size):
-            raise ConfigError(
-                f"{title} and the RLE mask of annotation {annotation['id']} has no counts, or its"
-                f" size is {mask.get('size')} on an image of height and width {size}; correct it"
+        )
+    if num_keypoints is not None:
+        rules.append(
+            (
+                "keypoints",
+                lambda value: isinstance(value, list) and len(value) == 3 * num_keypoints,
+                f"{3 * num_keypoints} numbers, x, y and visibility of each, as MODEL.KEYPOINT_ON is"
+                f" True and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}",
             )
-
-
-def _check_keypoints(title: str, objects: list, num_keypoints: int) -> None:
-    def fits(value) -> bool:
-        return isinstance(value, list) and len(value) == 3 * num_keypoints
-
-    expected = (
-        f"{3 * num_keypoints} numbers, x, y and visibility of each, as"
-        f" MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}"
-    )
-    title = f"{title}: MODEL.KEYPOINT_ON is True"
-    _check_entries(title, "annotations", objects, [("keypoints", fits, expected)])
+        )
+    return rules
 
 
 def _check_image_sizes(
@@ -251,8 +214,8 @@ def _check_image_sizes(
     if unreadable and allowed is None:
         raise ConfigError(
             f"{title}: {len(unreadable)} of {len(files)} images cannot be read, the first"
-            f" '{absolute(unreadable[0])}'; fetch them again, or remove them from the annotation"
-            " file"
+            f" '{os.path.abspath(unreadable[0])}'; fetch them again, or remove them from the"
+            " annotation file"
         )
     annotated = [(image["width"], image["height"]) for image in images]
     wrong = [i for i, size in enumerate(sizes) if size not in (None, annotated[i])]
@@ -261,16 +224,16 @@ def _check_image_sizes(
         swapped = all(sizes[i] == annotated[i][::-1] for i in wrong)
         raise ConfigError(
             f"{title}: {len(wrong)} of {len(files)} images are not of the annotated size, the first"
-            f" '{absolute(files[first])}': annotated are width and height {list(annotated[first])},"
-            f" the file has {list(sizes[first])}; {'exchange' if swapped else 'correct'} 'width'"
-            " and 'height' in the annotation file"
+            f" '{os.path.abspath(files[first])}': annotated are width and height"
+            f" {list(annotated[first])}, the file has {list(sizes[first])};"
+            f" {'exchange' if swapped else 'correct'} 'width' and 'height' in the annotation file"
         )
 
 
 def image_size(path: str) -> tuple[int, int] | None:
     """Width and height in which Detectron2 reads an image, by its header; None if unreadable."""
     try:
-        with Image.open(PathManager.get_local_path(path)) as image:
+        with Image.open(path) as image:
             turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) > 4
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError):
@@ -278,21 +241,20 @@ def image_size(path: str) -> tuple[int, int] | None:
 
 
 def _check_entries(
-    title: str, part: str, entries: list, rules: Iterable[Rule], *, unique: bool = False
+    title: str, part: str, entries: list, rules: Iterable[Rule], *, unique: bool = True
 ) -> None:
     """Refuses entries of an annotation file that break a rule, or several of the same id."""
     for key, fits, expected in rules:
         wrong = [x for x in entries if not (isinstance(x, dict) and fits(x.get(key)))]
         if wrong:
             first = wrong[0] if isinstance(wrong[0], dict) else {}
-            which = f"id {first['id']}" if "id" in first else short(wrong[0])
             value = first.get(key)
-            found = f"no '{key}'" if value is None else f"the {key} {short(value)}"
+            found = f"no '{key}'" if value is None else f"the {key} {reprlib.repr(value)}"
             raise ConfigError(
                 f"{title}: {len(wrong)} of {len(entries)} {part} have no valid '{key}', the first"
-                f" ({which}) has {found}; it must be {expected}"
+                f" (id {first.get('id')}) has {found}; it must be {expected}"
             )
-    repeated = [value for value, count in Counter(map(_id, entries)).items() if count > 1]
+    repeated = [key for key, count in Counter(x["id"] for x in entries).items() if count > 1]
     if repeated and unique:
         raise ConfigError(
             f"{title}: several {part} have the same id ({some(repeated)}); ids must be unique, so"
@@ -300,16 +262,8 @@ def _check_entries(
         )
 
 
-def _id(entry: Mapping):
-    return entry["id"]
-
-
 def _is_number(value) -> bool:
     return isinstance(value, (int, float))
-
-
-def _is_positive(value) -> bool:
-    return _is_number(value) and value > 0
 
 
 def _is_text(value) -> bool:
@@ -325,36 +279,26 @@ def _is_box(value) -> bool:
 
 
 def _is_mask(value) -> bool:
-    """Whether Detectron2 can read it: nothing, polygons or RLE; of a polygon, the first number."""
-    if not value:
-        return True
+    """Whether Detectron2 can read it, which it does for models without masks too."""
     if isinstance(value, dict):
-        counts = value.get("counts")
-        return isinstance(counts, str) or (isinstance(counts, list) and "size" in value)
-    return isinstance(value, list) and all(
-        isinstance(polygon, list) and all(map(_is_number, polygon[:1])) for polygon in value
-    )
+        return "size" in value and "counts" in value
+    return not value or (isinstance(value, list) and all(isinstance(x, list) for x in value))
 
 
-IMAGE_ID = (lambda value: _is_whole(value) or isinstance(value, str), "a whole number or text")
+IMAGE_ID = (lambda value: _is_whole(value) or _is_text(value), "a whole number or text")
 CATEGORY_RULES = [("id", _is_whole, "a whole number"), ("name", _is_text, "text")]
 IMAGE_RULES = [
     ("id", *IMAGE_ID),
     ("file_name", _is_text, "text"),
-    ("width", _is_positive, "a positive number of pixels"),
-    ("height", _is_positive, "a positive number of pixels"),
+    ("width", lambda value: _is_number(value) and value > 0, "a positive number of pixels"),
+    ("height", lambda value: _is_number(value) and value > 0, "a positive number of pixels"),
 ]
 ANNOTATION_RULES = [
     ("id", _is_whole, "a whole number"),
     ("image_id", *IMAGE_ID),
     ("category_id", _is_whole, "a whole number"),
     ("bbox", _is_box, "[x, y, width, height] in pixels"),
-    (
-        "segmentation",
-        _is_mask,
-        "polygons [[x1, y1, x2, y2, ...], ...] or RLE with 'size' and 'counts'",
-    ),
-    ("ignore", lambda value: not value, "0 (set 'iscrowd' instead)"),
+    ("segmentation", _is_mask, "polygons [[x1, y1, ...], ...] or RLE with 'size' and 'counts'"),
 ]
 # What the COCO evaluation reads, that is only after the training.
 TEST_RULES = [
@@ -370,27 +314,12 @@ def some(values: Iterable, limit: int = 10) -> str:
     return ", ".join(map(str, values[:limit])) + (", ..." if len(values) > limit else "")
 
 
-def short(value, limit: int = 120) -> str:
-    """The start of a value's ``repr``."""
-    text = repr(value)
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-def count_classes(classes: Iterable[str]) -> str:
+def count_classes(classes: Sequence[str]) -> str:
     """Such as "2 classes (cat, dog)"."""
-    classes = list(classes)
-    plural = "class" if len(classes) == 1 else "classes"
-    return f"{len(classes)} {plural} ({some(classes, 5)})"
-
-
-def absolute(path: str) -> str:
-    """An absolute path; a URL as it is."""
-    return path if "://" in path else os.path.abspath(path)
+    return f"{len(classes)} classes ({some(classes)})"
 
 
 def datasets_root() -> str:
     """What ``DETECTRON2_DATASETS`` says, for messages about missing files."""
     value = os.environ.get("DETECTRON2_DATASETS")
-    if value is None:
-        return "DETECTRON2_DATASETS is not set, so 'datasets' in the working directory is used"
-    return f"DETECTRON2_DATASETS is '{value}'"
+    return f"DETECTRON2_DATASETS is {'not set' if value is None else repr(value)}"

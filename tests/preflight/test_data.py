@@ -72,16 +72,6 @@ def test_missing_builtin_dataset_is_refused_like_an_own_one(make_cfg, monkeypatc
     )
 
 
-def test_builtin_name_with_other_classes_is_refused(make_cfg, monkeypatch):
-    cfg = make_cfg()
-    own = cfg.DATASETS.COCO_FORMAT[0]
-    metadata = MetadataCatalog.get("coco_2017_train")
-    monkeypatch.setitem(metadata.__dict__, "json_file", own[1])
-    monkeypatch.setitem(metadata.__dict__, "image_root", own[2])
-    cfg.DATASETS.TRAIN = ("coco_2017_train",)
-    refused(cfg, "2 classes (cat, dog)", "80 classes (person, ", "DATASETS.COCO_FORMAT")
-
-
 def test_missing_image_folder_is_refused(make_cfg):
     cfg = make_cfg()
     cfg.DATASETS.COCO_FORMAT[0][2] += "_elsewhere"
@@ -204,7 +194,7 @@ def test_useless_boxes_are_counted_and_not_fatal(make_cfg, caplog, make_coco):
     with caplog.at_level(logging.WARNING):
         summary = check_datasets(make_cfg(content))["tiny"]
     assert summary.annotations == 3
-    assert "1 boxes have no area and 1 lie outside" in caplog.text
+    assert "2 annotations have no area or lie outside" in caplog.text
     assert "1 annotations belong to no listed image" in caplog.text
 
 
@@ -232,14 +222,9 @@ def test_rle_masks_need_the_bitmask_format(make_cfg, make_coco):
     content["annotations"][0]["segmentation"] = {"size": [24, 16], "counts": "abc"}
     cfg = make_cfg(content)
     cfg.MODEL.MASK_ON = True
-    refused(cfg, "INPUT.MASK_FORMAT is 'polygon'; set INPUT.MASK_FORMAT to 'bitmask'")
+    refused(cfg, "INPUT.MASK_FORMAT is 'polygon'", "RLE with INPUT.MASK_FORMAT 'bitmask'")
     cfg.INPUT.MASK_FORMAT = "bitmask"
     assert check_datasets(cfg)["tiny"].annotations == 3
-    for change in ({"size": [16, 24]}, {"size": None}):
-        content["annotations"][0]["segmentation"].update(change)
-        cfg = make_cfg(content)
-        cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, "bitmask"
-        refused(cfg, "RLE mask of annotation 1", f"is {change['size']} on an image", "[24, 16]")
 
 
 @pytest.fixture
@@ -255,8 +240,6 @@ def keypoint_cfg(make_cfg, make_coco):
         cfg.MODEL.KEYPOINT_ON = True
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 2
         cfg.TEST.KEYPOINT_OKS_SIGMAS = [0.1, 0.1]
-        metadata = MetadataCatalog.get("tiny")
-        metadata.keypoint_names, metadata.keypoint_flip_map = ["left", "right"], [("left", "right")]
         return cfg
 
     return make
@@ -284,7 +267,7 @@ def test_keypoints_of_another_number_are_refused(keypoint_cfg, keypoints):
     refused(cfg, "(id 1) has the keypoints", "NUM_KEYPOINTS is 2", "6 numbers")
 
 
-def test_what_flips_and_evaluation_of_keypoints_need_is_required(keypoint_cfg):
+def test_what_the_evaluation_of_keypoints_needs_is_required(keypoint_cfg):
     cfg = keypoint_cfg(lambda content: content["annotations"][2].pop("num_keypoints"))
     refused(cfg, "1 of 3 annotations have no valid 'num_keypoints'")
     cfg = keypoint_cfg()
@@ -292,12 +275,6 @@ def test_what_flips_and_evaluation_of_keypoints_need_is_required(keypoint_cfg):
     refused(cfg, "NUM_KEYPOINTS is 2 but TEST.KEYPOINT_OKS_SIGMAS are for 17 keypoints")
     cfg.DATASETS.TEST = ()
     assert check_datasets(cfg)["tiny"].annotations == 3
-    metadata = MetadataCatalog.get("tiny")
-    del metadata.keypoint_names
-    metadata.keypoint_names = ["left", "right", "middle"]
-    refused(cfg, "NUM_KEYPOINTS is 2 but the dataset's keypoint_names has 3 keypoints")
-    del metadata.keypoint_flip_map
-    refused(cfg, "MODEL.KEYPOINT_ON is True but", ".keypoint_flip_map", "--import")
 
 
 @pytest.mark.parametrize("key", ["area", "iscrowd"])
@@ -317,19 +294,13 @@ def test_what_the_evaluation_reads_is_required_before_training(make_cfg, key, ma
         (lambda c: c["images"][0].update(height=0), "height 0; it must be a positive number"),
         (lambda c: c["images"][0].update(file_name=7), "file_name 7; it must be text"),
         (lambda c: c["images"][1].update(id=1), "several images have the same id (1)"),
-        (
-            lambda c: c["images"][1].update(id="a"),
-            "image ids that are numbers and others that are text",
-        ),
         (lambda c: c["categories"][0].update(name=3), "name 3; it must be text"),
         (lambda c: c["categories"][0].update(id="1"), "id '1'; it must be a whole number"),
         (lambda c: c["annotations"][1].update(id=1), "several annotations have the same id (1)"),
-        (lambda c: c["annotations"][1].update(image_id="2"), "those of 'image_id'"),
         (lambda c: c["annotations"][1].update(image_id=[2]), "image_id [2]; it must be"),
         (lambda c: c["annotations"][1].update(category_id="1"), "category_id '1'; it must be a"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "(id 2) has the bbox [1, 2, 3]"),
         (lambda c: c["annotations"][1].update(bbox=["1", 2, 3, 4]), "(id 2) has the bbox"),
-        (lambda c: c["annotations"][1].update(ignore=1), "ignore 1; it must be 0"),
         (lambda c: c["annotations"].append(5), "1 of 4 annotations have no valid 'id'"),
     ],
 )
@@ -345,8 +316,7 @@ def test_malformed_entry_is_named(make_cfg, tmp_path, change, message, make_coco
 @pytest.mark.parametrize(
     "mask",
     [
-        *([1, 1, 5, 1, 5, 5], [["1", "1", "5", "1", "5", "5"]], "1 1 5 1 5 5"),
-        *({"size": [24, 16]}, {"size": [24, 16], "counts": 5}, {"counts": [10, 5, 369]}),
+        *([1, 1, 5, 1, 5, 5], "1 1 5 1 5 5", {"size": [24, 16]}, {"counts": [10, 5, 369]}),
     ],
 )
 def test_mask_that_detectron2_cannot_read_is_refused(make_cfg, make_coco, mask, masks):
@@ -425,32 +395,6 @@ def test_unreadable_image_of_the_test_set_is_refused_before_training(make_cfg, t
     refused(cfg, "1 of 6 images cannot be read", "2.png")
     cfg.DATASETS.TEST = ()
     assert check_datasets(cfg)["tiny"].images == 6
-
-
-def test_missing_proposal_file_is_refused(make_cfg, tmp_path):
-    cfg = make_cfg()
-    cfg.MODEL.LOAD_PROPOSALS = True
-    refused(cfg, "DATASETS.TRAIN names 1 datasets, but DATASETS.PROPOSAL_FILES_TRAIN 0 files")
-    there = tmp_path / "proposals.pkl"
-    there.touch()
-    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (str(there),)
-    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(there) + "x",)
-    refused(cfg, "proposals.pklx' of DATASETS.PROPOSAL_FILES_TEST does not exist")
-    cfg.DATASETS.PROPOSAL_FILES_TEST = (str(there),)
-    assert check_datasets(cfg)["tiny"].images == 6
-
-
-def test_dicts_of_a_users_own_function_are_evaluated_as_coco_without_a_json_file(
-    make_cfg, tmp_path
-):
-    file_name = str(tmp_path / "tiny" / "images" / "0.png")
-    cfg = make_cfg()
-    DatasetCatalog.register("own", lambda: [{"file_name": file_name, "annotations": [{}]}])
-    MetadataCatalog.get("own").evaluator_type = "coco"
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("own",)
-    refused(cfg, "DATASETS.TRAIN 'own'", "no class names", ".thing_classes")
-    MetadataCatalog.get("own").thing_classes = ["cat", "dog"]
-    assert check_datasets(cfg)["own"].classes == ("cat", "dog")
 
 
 def test_dataset_of_a_users_own_function_is_checked_too(make_cfg, tmp_path):

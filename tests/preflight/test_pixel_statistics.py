@@ -48,23 +48,24 @@ def test_mean_in_the_other_channel_order_is_warned_of_with_the_fix(
         assert f"them to {RGB_MEAN}" in text or f"them to {BGR_MEAN}" in text
 
 
-STATISTICS_KEYS = {"format_key": "INPUT.FORMAT", "mean_key": "the mean", "std_key": "the std"}
-
-
 @pytest.mark.parametrize(
     ("order", "mean", "std", "words"),
     [
         # The standard deviation alone in the other order.
-        ("RGB", RGB_MEAN, BGR_STD, ["(the std)", str(BGR_STD), f"to {RGB_MEAN} and {RGB_STD}"]),
-        ("BGR", BGR_MEAN, RGB_STD, ["(the std)", str(RGB_STD), f"to {BGR_MEAN} and {BGR_STD}"]),
-        # torchvision's, of images in 0..1; in the other order; as often rounded.
-        ("RGB", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], ["0..1", "255", f"to {RGB_MEAN}"]),
+        (
+            "RGB",
+            RGB_MEAN,
+            BGR_STD,
+            ["(the standard", str(BGR_STD), f"to {RGB_MEAN} and {RGB_STD}"],
+        ),
         (
             "BGR",
-            [0.485, 0.456, 0.406],
-            [0.229, 0.224, 0.225],
-            ["0..1", "in RGB order", f"to {BGR_MEAN}"],
+            BGR_MEAN,
+            RGB_STD,
+            ["(the standard", str(RGB_STD), f"to {BGR_MEAN} and {BGR_STD}"],
         ),
+        # torchvision's, of images in 0..1; as often rounded.
+        ("RGB", [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], ["0..1", "255", f"to {RGB_MEAN}"]),
         ("BGR", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5], ["0..1", "[127.5, 127.5, 127.5]"]),
         ("BGR", [0.4, 0.4, 0.4], [1.0, 1.0, 1.0], ["0..1"]),
         ("BGR", [0.0, 0.0, 0.0], [0.2, 0.2, 0.2], ["0..1"]),
@@ -72,7 +73,7 @@ STATISTICS_KEYS = {"format_key": "INPUT.FORMAT", "mean_key": "the mean", "std_ke
     ],
 )
 def test_statistics_that_cannot_be_the_images_are_warned_of_with_the_fix(order, mean, std, words):
-    text = pixel_statistics_warning("student", order, mean, std, **STATISTICS_KEYS)
+    text = pixel_statistics_warning("student", order, mean, std)
     for word in ["student", *words]:
         assert word in text, text
 
@@ -92,7 +93,7 @@ def test_statistics_that_cannot_be_the_images_are_warned_of_with_the_fix(order, 
     ],
 )
 def test_statistics_that_can_be_the_images_are_not_warned_of(order, mean, std):
-    assert pixel_statistics_warning("student", order, mean, std, **STATISTICS_KEYS) is None
+    assert pixel_statistics_warning("student", order, mean, std) is None
 
 
 def test_channel_order_of_a_plain_detector_is_checked_too(tmp_path):
