@@ -5,9 +5,6 @@ and 32: 24, 32, 96 and 320 channels at width 1, named "res2".."res5" as Detectro
 torchvision's last 1x1 convolution to 1280 channels and its classifier are left out. The layers keep
 torchvision's names (``features.<index>``), so that ``MODEL.WEIGHTS: torchvision://mobilenet_v2``
 loads as it is; images are then to be RGB with torchvision's mean and std.
-
-Images (N, 3, H, W), features (N, C, H/stride, W/stride). Test against torchvision's own network:
-``test_converted_mobilenetv2_gives_torchvision_activations``.
 """
 
 from collections.abc import Sequence

@@ -24,11 +24,7 @@ and whose channel numbers GroupNorm does not divide."""
 
 
 class StageBackbone(Backbone):
-    """A backbone whose outputs are stages.
-
-    Args:
-        norm: ``MODEL.RESNETS.NORM``, checked.
-    """
+    """A backbone whose outputs are stages; ``norm`` is ``MODEL.RESNETS.NORM``."""
 
     def __init__(self, norm: str):
         super().__init__()
@@ -46,15 +42,10 @@ class StageBackbone(Backbone):
 
 
 class NetworkBackbone(StageBackbone):
-    """Base of the backbones that hold a network of another library.
+    """Base of the backbones that hold a network of another library."""
 
-    Class attributes:
-        name_key: config key that names the network.
-        examples: two convolutional networks of the library, for messages.
-    """
-
-    name_key: ClassVar[str]
-    examples: ClassVar[str]
+    name_key: ClassVar[str]  # config key that names the network
+    examples: ClassVar[str]  # two convolutional networks of the library, for messages
 
     def _maps(self, network: nn.Module, images: torch.Tensor) -> Iterable[tuple[object, object]]:
         """Runs a network; its outputs that may be a stage's, in order, each behind its key."""

@@ -5,12 +5,9 @@ returns feature maps at the strides that ``MODEL.FPN.IN_FEATURES`` asks for (res
 16, res5: 32); of several maps at one stride the last is taken. timm is optional
 (``pip install kd_detectron[timm]``).
 
-Images (N, 3, H, W), features (N, C, H/stride, W/stride). timm's networks were trained on RGB images
-with their own mean and std; where a config normalises otherwise, a warning is logged. timm's
-weights are read when the model is built, but not where ``MODEL.WEIGHTS`` names a checkpoint that
-replaces them (evaluation, fine-tuning). ``MODEL.RESNETS.NORM`` holds here too: "FrozenBN" freezes
-the network's BatchNorm layers, "BN" trains them, "SyncBN" does so over all GPUs.
-``MODEL.BACKBONE.FREEZE_AT`` has no meaning for timm's networks and must be 0.
+timm's weights are read when the model is built, but not where ``MODEL.WEIGHTS`` names a checkpoint
+that replaces them (evaluation, fine-tuning). ``MODEL.RESNETS.NORM`` says what becomes of the
+network's BatchNorm layers.
 """
 
 from collections.abc import Iterable, Sequence
@@ -45,7 +42,7 @@ class TimmBackbone(NetworkBackbone):
         Args:
             name: timm's name of the network.
             pretrained: load timm's weights for it (downloaded and cached by timm).
-            norm: what becomes of its BatchNorm layers: "FrozenBN", "BN" or "SyncBN".
+            norm: "FrozenBN", "BN" or "SyncBN".
             out_features: the stages to return, of "res2".."res5".
 
         Raises:

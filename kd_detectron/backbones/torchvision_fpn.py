@@ -5,11 +5,10 @@ images of any size and has feature maps at the strides that ``MODEL.FPN.IN_FEATU
 (res2: 4, res3: 8, res4: 16, res5: 32): the outputs of the last block at each stride. torchvision's
 own ``create_feature_extractor`` cuts the network there, so that the classifier is gone.
 
-Images (N, 3, H, W), features (N, C, H/stride, W/stride). The layers keep torchvision's names, below
-``net.``: ``MODEL.WEIGHTS: torchvision://efficientnet_b0``, or a file of torchvision's, loads
-(:mod:`kd_detectron.checkpoint.torchvision_weights`). ``MODEL.RESNETS.NORM`` holds here too:
-"FrozenBN" freezes the network's BatchNorm layers, "BN" trains them, "SyncBN" does so over all GPUs.
-``MODEL.BACKBONE.FREEZE_AT`` has no common meaning for torchvision's networks and must be 0.
+The layers keep torchvision's names, below ``net.``: ``MODEL.WEIGHTS:
+torchvision://efficientnet_b0``, or a file of torchvision's, loads
+(:mod:`kd_detectron.checkpoint.torchvision_weights`). ``MODEL.RESNETS.NORM`` says what becomes of
+the network's BatchNorm layers.
 """
 
 import warnings
@@ -50,7 +49,7 @@ class TorchvisionBackbone(NetworkBackbone):
         """
         Args:
             name: torchvision's name of the network.
-            norm: what becomes of its BatchNorm layers: "FrozenBN", "BN" or "SyncBN".
+            norm: "FrozenBN", "BN" or "SyncBN".
             out_features: the stages to return, of "res2".."res5".
 
         Raises:

@@ -35,12 +35,8 @@ def resolve_path(path: str) -> str:
 def read_coco(path: str | os.PathLike, title: str) -> dict:
     """Reads a COCO-format file; its "images", "annotations", "categories" are lists, if empty.
 
-    Args:
-        path: the file.
-        title: what the file is, for messages, such as the option that names it.
-
     Raises:
-        ConfigError: it cannot be read, is no JSON, or not in COCO format.
+        ConfigError: it cannot be read, is no JSON, or not in COCO format; begins with ``title``.
     """
     title = f"{title} '{os.path.abspath(path)}'"
     try:
@@ -86,9 +82,7 @@ def is_usable_box(box: Sequence[float], width: int, height: int) -> bool:
 
 
 def register_coco_format(cfg: CfgNode) -> None:
-    """Registers the datasets of ``DATASETS.COCO_FORMAT`` with Detectron2 (evaluator "coco").
-
-    No file is opened. Registering a name again with the same files does nothing.
+    """Registers the datasets of ``DATASETS.COCO_FORMAT`` with Detectron2; opens no file.
 
     Raises:
         ConfigError: an entry is not three strings, or its name is taken by other files.

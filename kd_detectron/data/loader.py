@@ -1,7 +1,6 @@
 """A training loader whose batch of iteration i depends on nothing but seed, ranks and i.
 
-With Detectron2's loader a resumed run sees other images, and other augmentations, than an
-uninterrupted one. Here:
+With Detectron2's loader a resumed run sees other images than an uninterrupted one. Here:
 
 1. Detectron2's own sampler gives the endless stream of dataset indices; every element has a
    position in it, the same for any number of processes. Rank r of W takes positions r, r+W, ...
@@ -10,12 +9,12 @@ uninterrupted one. Here:
 3. A worker maps the element at a position with Python's, numpy's and torch's random states seeded
    from (seed, position), and puts the previous states back.
 
-An element that cannot be used is replaced by a choice that also depends on (seed, position) only.
+An element that cannot be used is replaced by the next image of the dataset.
 """
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -49,15 +48,13 @@ def build_train_loader(
     """Builds the training loader of a config.
 
     Args:
-        cfg: a whole config; reads ``DATASETS``, ``DATALOADER`` and ``SOLVER.IMS_PER_BATCH`` as
-            Detectron2's own loader does, and ``DATALOADER.MAX_CORRUPT_IMAGES``.
+        cfg: a whole config.
         mapper: turns a dataset dict into a model input; Detectron2's ``DatasetMapper`` by default.
             Where it returns None another image is taken.
 
     Raises:
         ConfigError: the batch cannot be divided among the processes, or the sampler is unknown.
     """
-    batch_size = _share_of_batch(cfg.SOLVER.IMS_PER_BATCH)
     min_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
     dataset_dicts = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -68,8 +65,8 @@ def build_train_loader(
     return ResumableLoader(
         dataset_dicts,
         mapper if mapper is not None else DatasetMapper(cfg, is_train=True),
-        make_sampler=_sampler_factory(cfg, dataset_dicts),
-        batch_size=batch_size,
+        _sampler_factory(cfg, dataset_dicts),
+        cfg.SOLVER.IMS_PER_BATCH,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -90,9 +87,6 @@ def build_lazy_train_loader(
 
     Returns:
         The loader; None for any other loader, whose batches this project cannot foresee.
-
-    Raises:
-        ConfigError: the batch cannot be divided among the processes.
     """
     known = ("_target_", "dataset", "mapper", "sampler", "total_batch_size", "num_workers")
     sampler = node.get("sampler")
@@ -102,11 +96,9 @@ def build_lazy_train_loader(
         or not (sampler is None or _calls(sampler, TrainingSampler, RepeatFactorTrainingSampler))
     ):
         return None
-    batch_size = _share_of_batch(node.total_batch_size)
     dataset_dicts = instantiate(node.dataset)
     if not isinstance(dataset_dicts, list):
         return None
-    mapper = instantiate(node.mapper)
 
     def make_sampler(seed: int) -> Sampler:
         if sampler is None:
@@ -116,9 +108,9 @@ def build_lazy_train_loader(
 
     return ResumableLoader(
         dataset_dicts,
-        mapper,
-        make_sampler=make_sampler,
-        batch_size=batch_size,
+        instantiate(node.mapper),
+        make_sampler,
+        node.total_batch_size,
         seed=seed,
         group_by_aspect_ratio=node.get("aspect_ratio_grouping", True),
         num_workers=node.get("num_workers", 0),
@@ -132,17 +124,7 @@ def _calls(node, *targets: Callable) -> bool:
     return (locate(target) if isinstance(target, str) else target) in targets
 
 
-def _share_of_batch(total: int) -> int:
-    """Images of a batch on this process, of ``total`` on all."""
-    world_size = comm.get_world_size()
-    if total < 1 or total % world_size:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple of"
-            f" {world_size}, e.g. {max(1, round(total / world_size)) * world_size}"
-        )
-    return total // world_size
-
-
+@dataclass(eq=False)
 class ResumableLoader:
     """Endless batches; iterating starts at the iteration that :meth:`seek` named.
 
@@ -150,56 +132,54 @@ class ResumableLoader:
         dataset_dicts: images in Detectron2's format, each with "file_name", "width", "height".
         mapper: turns a dataset dict into a model input, or None to have another image taken.
         make_sampler: builds, for a seed, this rank's sampler of indices into ``dataset_dicts``.
-        batch_size: images of a batch on this rank.
+        total_batch_size: images of a batch on all ranks.
         seed: seed of the stream until :meth:`seek` names another.
         group_by_aspect_ratio: batches of only wide or only high images.
         num_workers: processes that load images; 0 loads in this one.
         max_corrupt_images: different unreadable images to replace before giving up.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the processes.
     """
 
-    def __init__(
-        self,
-        dataset_dicts: list[dict],
-        mapper: Callable[[dict], dict | None],
-        *,
-        make_sampler: Callable[[int], Sampler],
-        batch_size: int,
-        seed: int,
-        group_by_aspect_ratio: bool = True,
-        num_workers: int = 0,
-        max_corrupt_images: int = 0,
-    ):
-        self._dicts = DatasetFromList(dataset_dicts, copy=False)
-        self._groups = [False] * len(dataset_dicts)
-        if group_by_aspect_ratio:
-            self._groups = [record["width"] > record["height"] for record in dataset_dicts]
-        self._mapper = mapper
-        self._make_sampler = make_sampler
-        self._batch_size = batch_size
-        self._num_workers = num_workers
-        self._max_corrupt_images = max_corrupt_images
+    dataset_dicts: Sequence[dict]
+    mapper: Callable[[dict], dict | None]
+    make_sampler: Callable[[int], Sampler]
+    total_batch_size: int
+    seed: int
+    group_by_aspect_ratio: bool = True
+    num_workers: int = 0
+    max_corrupt_images: int = 0
+
+    def __post_init__(self):
+        total, world_size = self.total_batch_size, comm.get_world_size()
+        if total < 1 or total % world_size:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple"
+                f" of {world_size}"
+            )
+        self._groups = [False] * len(self.dataset_dicts)
+        if self.group_by_aspect_ratio:
+            self._groups = [record["width"] > record["height"] for record in self.dataset_dicts]
+        self.dataset_dicts = DatasetFromList(self.dataset_dicts, copy=False)
+        self._iteration = 0
         self._corrupt: set[str] = set()
-        self.seek(seed, 0)
 
     def seek(self, seed: int, iteration: int) -> None:
         """Sets the stream's seed and the first batch that the next ``iter()`` gives."""
-        self._seed = seed
+        self.seed = seed
         self._iteration = iteration
 
     def __iter__(self) -> Iterator[list[dict]]:
+        mapper = PicklableWrapper(self.mapper)
         loader = DataLoader(
-            _SeededDataset(
-                self._dicts,
-                PicklableWrapper(self._mapper),
-                self._seed,
-                self._max_corrupt_images,
-            ),
+            _SeededDataset(self.dataset_dicts, mapper, self.seed, self.max_corrupt_images),
             batch_sampler=islice(self._batches(), self._iteration, None),
-            num_workers=self._num_workers,
+            num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             # A generator of its own: otherwise starting the loader draws from the global state,
             # and a resumed run's draws would no longer follow the uninterrupted one's.
-            generator=torch.Generator().manual_seed(self._seed),
+            generator=torch.Generator().manual_seed(self.seed),
         )
         for elements in loader:
             for _, file_name, corrupt in elements:
@@ -210,10 +190,11 @@ class ResumableLoader:
         """This rank's batches of (position, index) pairs, from the first."""
         waiting: dict[bool, list] = {False: [], True: []}
         rank, world_size = comm.get_rank(), comm.get_world_size()
-        for count, index in enumerate(self._make_sampler(self._seed)):
+        batch_size = self.total_batch_size // world_size
+        for count, index in enumerate(self.make_sampler(self.seed)):
             batch = waiting[self._groups[index]]
             batch.append((rank + count * world_size, index))
-            if len(batch) == self._batch_size:
+            if len(batch) == batch_size:
                 yield batch[:]
                 batch.clear()
 
@@ -221,7 +202,7 @@ class ResumableLoader:
         # Here and not in the workers, so that one count holds whatever their number.
         for file_name, reason in corrupt.items():
             self._corrupt.add(file_name)
-            count, most = len(self._corrupt), self._max_corrupt_images
+            count, most = len(self._corrupt), self.max_corrupt_images
             if count > most:
                 raise CorruptImageError(
                     f"cannot use image '{file_name}' ({reason}) and DATALOADER.MAX_CORRUPT_IMAGES"
@@ -265,22 +246,16 @@ class _SeededDataset(Dataset):
         """The mapped image, its file name, and what was skipped before (file name: reason)."""
         position, index = key
         corrupt: dict[str, str] = {}
-        with _seeded(self.seed, position) as choice:
-            for _ in range(10 * len(self.dicts)):
-                record = self.dicts[index]
+        with _seeded(self.seed, position):
+            for attempt in range(10 * len(self.dicts)):
+                record = self.dicts[(index + attempt) % len(self.dicts)]
                 file_name = record["file_name"]
                 try:
                     data = self.mapper(record)
                 except Exception as error:
-                    corrupt[file_name] = _reason(file_name, error)
-                    if len(corrupt) > self.max_corrupt_images:
-                        return None, file_name, corrupt
-                    index = (index + 1) % len(self.dicts)
-                    continue
-                if data is not None:
+                    data, corrupt[file_name] = None, _reason(file_name, error)
+                if data is not None or len(corrupt) > self.max_corrupt_images:
                     return data, file_name, corrupt
-                # As Detectron2's MapDataset: any other image.
-                index = choice.randrange(len(self.dicts))
         raise RuntimeError(f"no usable image was found in many tries, the last is '{file_name}'")
 
 
@@ -296,16 +271,16 @@ def _reason(file_name: str, error: Exception) -> str:
 
 
 @contextmanager
-def _seeded(seed: int, position: int) -> Iterator[random.Random]:
-    """Seeds the three global random states inside the block; gives a fourth one of its own."""
-    words = np.random.SeedSequence([seed, position]).generate_state(4).tolist()
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's random states inside the block."""
+    words = np.random.SeedSequence([seed, position]).generate_state(3).tolist()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(words[0])
     np.random.seed(words[1])
     # Not torch.manual_seed, which would also reseed the GPUs that the model draws from.
     torch.default_generator.manual_seed(words[2])
     try:
-        yield random.Random(words[3])
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -4,8 +4,7 @@ For the demo and for trying things without downloading: coloured shapes of four 
 and boxes. A detector learns it from scratch in minutes: a class has a shape and a hue of its own,
 and shapes never overlap.
 
-Shapes are drawn at four times the size and averaged down; masks are traced at that fine size, so
-that polygons fit to about a quarter of a pixel. Every image has its own random stream, (seed,
+Shapes are drawn, and their masks traced, at four times the size. Every image has its own random stream, (seed,
 split, number), so that a larger set begins with the images of the smaller one.
 """
 
@@ -92,17 +91,7 @@ def make_synthetic(
 def render(
     rng: np.random.Generator, image_size: tuple[int, int] = (160, 160)
 ) -> tuple[np.ndarray, list[dict]]:
-    """Draws one image.
-
-    Args:
-        rng: the source of everything random in it.
-        image_size: height and width in pixels.
-
-    Returns:
-        The image, (height, width, 3) uint8, and its annotations as in a COCO file without ids:
-        "category_id" (from 1), "bbox" (x, y, width, height), "area", "segmentation" (polygons),
-        "iscrowd".
-    """
+    """Draws one image, (height, width, 3) uint8, and gives its COCO annotations without ids."""
     height, width = image_size
     fine_size = (height * _FINE, width * _FINE)
     canvas = _background(rng, fine_size)

@@ -53,11 +53,8 @@ def teacher_cfg_from(
 ) -> CfgNode:
     """A config whose ``KD.TEACHER`` names the teacher that labels, on the GPU if there is one.
 
-    Args:
-        config_file: a config with ``KD.TEACHER``, or "".
-        teacher, weights: ``KD.TEACHER.CONFIG_FILE`` and ``KD.TEACHER.WEIGHTS``, where they are
-            not those of ``config_file``.
-        opts: KEY VALUE overrides of ``config_file``.
+    ``teacher`` and ``weights`` are ``KD.TEACHER.CONFIG_FILE`` and ``KD.TEACHER.WEIGHTS``, where
+    they are not those of ``config_file``, and ``opts`` KEY VALUE overrides.
     """
     if config_file:
         cfg = get_config(config_file, opts)
@@ -146,11 +143,8 @@ def find_images(folder: str, *, listed_in: str = "", labelled_in: Sequence[str] 
 def categories_of(cfg: CfgNode, model: nn.Module, annotation_file: str = "") -> list[dict]:
     """The teacher's classes in the order of its outputs, as COCO's "id" and "name".
 
-    Args:
-        cfg: the config whose ``KD.TEACHER`` names the teacher.
-        model: the teacher.
-        annotation_file: take them from this COCO-format file; by default from the dataset that the
-            teacher's config trains on.
+    They come from ``annotation_file``, in COCO format, or else from the dataset that the teacher's
+    config trains on.
 
     Raises:
         ConfigError: there are not as many as the teacher has.
@@ -169,11 +163,7 @@ def categories_of(cfg: CfgNode, model: nn.Module, annotation_file: str = "") -> 
 
 
 def parse_thresholds(values: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """The score threshold of each class.
-
-    Args:
-        values: "0.7" for all classes, "NAME=0.7" for one class; 0.5 for the others.
-        names: the classes.
+    """The score threshold of each class in ``names``: "NAME=0.7" for one, "0.7" for the others.
 
     Raises:
         ConfigError: a class is unknown, or a value is not in [0, 1].

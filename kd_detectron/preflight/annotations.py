@@ -29,19 +29,12 @@ Rule = tuple[str, Callable[[object], bool], str]
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a checked dataset holds; ``str()`` gives one line for the log.
-
-    Args:
-        name: the dataset's name in the config.
-        images: number of images listed.
-        annotations: number of usable annotations of these images.
-        classes: class names in the order of the model's outputs.
-    """
+    """What a checked dataset holds; ``str()`` gives one line for the log."""
 
     name: str
-    images: int
-    annotations: int
-    classes: tuple[str, ...]
+    images: int  # those listed
+    annotations: int  # the usable ones of these images
+    classes: tuple[str, ...]  # in the order of the model's outputs
 
     def __str__(self) -> str:
         return (
@@ -94,7 +87,7 @@ def check_coco_files(
             raise ConfigError(f"{title} lists no {part}, without which it cannot be used")
     rules = ANNOTATION_RULES + (TEST_RULES if for_test else [])
     if for_test and num_keypoints is not None:
-        rules = [*rules, ("num_keypoints", _is_whole, "how many keypoints are labelled")]
+        rules = [*rules, ("num_keypoints", _number, "how many keypoints are labelled")]
     _check_entries(title, "categories", content["categories"], CATEGORY_RULES)
     _check_entries(title, "images", images, IMAGE_RULES)
     # Detectron2 makes the same exception for COCO 2014.
@@ -113,11 +106,9 @@ def check_coco_files(
         logger.warning("%s lists no annotations, so it cannot be used to compute AP", title)
     rules = _model_rules(mask_format, num_keypoints, for_training=for_training)
     _check_entries(title, "annotations", objects, rules, unique=False)
-    if for_test:
-        _check_image_sizes(title, images, files)
-    elif for_training:
-        step = -(-len(files) // MAX_TRAIN_HEADERS)
-        _check_image_sizes(title, images[::step], files[::step], allowed=max_corrupt_images)
+    step = 1 if for_test else -(-len(files) // MAX_TRAIN_HEADERS)
+    allowed = 0 if for_test else max_corrupt_images
+    _check_image_sizes(title, images[::step], files[::step], for_test=for_test, allowed=allowed)
     categories = sorted(content["categories"], key=lambda category: category["id"])
     return DatasetSummary(name, len(images), len(usable), tuple(c["name"] for c in categories))
 
@@ -151,25 +142,27 @@ def _usable(title: str, content: Mapping[str, list]) -> list[dict]:
             f"{title} has annotations of the category ids {some(unknown)}, which its 'categories'"
             " do not list; add these categories or remove the annotations"
         )
-    of_images = [x for x in content["annotations"] if x["image_id"] in sizes]
-    usable, past_the_edge, perhaps_corners = [], 0, True
-    for annotation in of_images:
-        (x, y, w, h), (width, height) = annotation["bbox"], sizes[annotation["image_id"]]
-        if is_usable_box((x, y, w, h), width, height):
-            usable.append(annotation)
-            past_the_edge += x + w > width + 1 or y + h > height + 1
-            perhaps_corners = perhaps_corners and w > x and h > y
-    if perhaps_corners and past_the_edge > len(usable) / 2:
+    usable = [
+        x
+        for x in content["annotations"]
+        if x["image_id"] in sizes and is_usable_box(x["bbox"], *sizes[x["image_id"]])
+    ]
+    boxes = [(*x["bbox"], *sizes[x["image_id"]]) for x in usable]
+    past_the_edge = sum(
+        x + w > width + 1 or y + h > height + 1 for x, y, w, h, width, height in boxes
+    )
+    if past_the_edge > len(usable) / 2 and all(w > x and h > y for x, y, w, h, _, _ in boxes):
         raise ConfigError(
             f"{title}: {past_the_edge} of {len(usable)} boxes reach past their image, and all would"
             " fit as [x0, y0, x1, y1]; write 'bbox' as [x, y, width, height]"
         )
-    for without, count in (
-        ("belong to no listed image", len(content["annotations"]) - len(of_images)),
-        ("have no area or lie outside their image", len(of_images) - len(usable)),
-    ):
-        if count:
-            logger.warning("%s: %d annotations %s and are not used", title, count, without)
+    unused = len(content["annotations"]) - len(usable)
+    if unused:
+        logger.warning(
+            "%s: %d annotations are not used: they belong to no listed image, have no area or lie"
+            " outside their image",
+            *(title, unused),
+        )
     return usable
 
 
@@ -179,54 +172,42 @@ def _model_rules(
     """What a mask or keypoint model needs of each object."""
     rules = []
     if mask_format is not None:
-        kinds = (list,) if for_training and mask_format == "polygon" else (list, dict)
-        rules.append(
-            (
-                "segmentation",
-                lambda value: bool(value) and isinstance(value, kinds),
-                f"polygons, or RLE with INPUT.MASK_FORMAT 'bitmask', as MODEL.MASK_ON is True and"
-                f" INPUT.MASK_FORMAT is '{mask_format}'",
-            )
+        kinds = list if mask_format == "polygon" and for_training else (list, dict)
+        words = (
+            "polygons, or RLE with INPUT.MASK_FORMAT 'bitmask', as MODEL.MASK_ON is True and"
+            f" INPUT.MASK_FORMAT is '{mask_format}'"
         )
+        rules.append(("segmentation", lambda mask: mask and isinstance(mask, kinds), words))
     if num_keypoints is not None:
-        rules.append(
-            (
-                "keypoints",
-                lambda value: isinstance(value, list) and len(value) == 3 * num_keypoints,
-                f"{3 * num_keypoints} numbers, x, y and visibility of each, as MODEL.KEYPOINT_ON is"
-                f" True and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}",
-            )
+        count = 3 * num_keypoints
+        words = (
+            f"{count} numbers, x, y and visibility of each, as MODEL.KEYPOINT_ON is True and"
+            f" MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {num_keypoints}"
         )
+        rules.append(("keypoints", lambda x: isinstance(x, list) and len(x) == count, words))
     return rules
 
 
 def _check_image_sizes(
-    title: str, images: list, files: Sequence[str], *, allowed: int | None = None
+    title: str, images: list, files: Sequence[str], *, for_test: bool, allowed: int
 ) -> None:
     """Refuses more than ``allowed`` images that are not of the annotated size.
 
-    None is for a test set: there, an unreadable image is an error too, since the evaluation would
-    find it only hours later.
+    In a test set unreadable images too, since the evaluation would find them only hours later.
     """
     with ThreadPoolExecutor(8) as pool:
         sizes = list(pool.map(image_size, files))
-    unreadable = [file for file, size in zip(files, sizes, strict=True) if size is None]
-    if unreadable and allowed is None:
-        raise ConfigError(
-            f"{title}: {len(unreadable)} of {len(files)} images cannot be read, the first"
-            f" '{os.path.abspath(unreadable[0])}'; fetch them again, or remove them from the"
-            " annotation file"
-        )
     annotated = [(image["width"], image["height"]) for image in images]
-    wrong = [i for i, size in enumerate(sizes) if size not in (None, annotated[i])]
-    if len(wrong) > (allowed or 0):
+    wrong = [i for i, size in enumerate(sizes) if size != annotated[i] and (size or for_test)]
+    if len(wrong) > allowed:
         first = wrong[0]
         swapped = all(sizes[i] == annotated[i][::-1] for i in wrong)
         raise ConfigError(
-            f"{title}: {len(wrong)} of {len(files)} images are not of the annotated size, the first"
-            f" '{os.path.abspath(files[first])}': annotated are width and height"
-            f" {list(annotated[first])}, the file has {list(sizes[first])};"
-            f" {'exchange' if swapped else 'correct'} 'width' and 'height' in the annotation file"
+            f"{title}: {len(wrong)} of {len(files)} images cannot be read or are not of the"
+            f" annotated size, the first '{os.path.abspath(files[first])}': annotated are width and"
+            f" height {annotated[first]}, the file has {sizes[first] or 'no readable header'};"
+            f" {'exchange' if swapped else 'correct'} 'width' and 'height' in the annotation file,"
+            " or fetch the images again"
         )
 
 
@@ -262,22 +243,6 @@ def _check_entries(
         )
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float))
-
-
-def _is_text(value) -> bool:
-    return isinstance(value, str)
-
-
-def _is_whole(value) -> bool:
-    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-
-
-def _is_box(value) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
-
-
 def _is_mask(value) -> bool:
     """Whether Detectron2 can read it, which it does for models without masks too."""
     if isinstance(value, dict):
@@ -285,25 +250,38 @@ def _is_mask(value) -> bool:
     return not value or (isinstance(value, list) and all(isinstance(x, list) for x in value))
 
 
-IMAGE_ID = (lambda value: _is_whole(value) or _is_text(value), "a whole number or text")
-CATEGORY_RULES = [("id", _is_whole, "a whole number"), ("name", _is_text, "text")]
+def _number(value) -> bool:
+    return isinstance(value, (int, float))
+
+
+def _text(value) -> bool:
+    return isinstance(value, str)
+
+
+IMAGE_ID = (lambda value: isinstance(value, (int, float, str)), "a whole number or text")
+PIXELS = (lambda value: _number(value) and value > 0, "a positive number of pixels")
+CATEGORY_RULES = [("id", _number, "a whole number"), ("name", _text, "text")]
 IMAGE_RULES = [
     ("id", *IMAGE_ID),
-    ("file_name", _is_text, "text"),
-    ("width", lambda value: _is_number(value) and value > 0, "a positive number of pixels"),
-    ("height", lambda value: _is_number(value) and value > 0, "a positive number of pixels"),
+    ("file_name", _text, "text"),
+    ("width", *PIXELS),
+    ("height", *PIXELS),
 ]
 ANNOTATION_RULES = [
-    ("id", _is_whole, "a whole number"),
+    ("id", _number, "a whole number"),
     ("image_id", *IMAGE_ID),
-    ("category_id", _is_whole, "a whole number"),
-    ("bbox", _is_box, "[x, y, width, height] in pixels"),
+    ("category_id", _number, "a whole number"),
+    (
+        "bbox",
+        lambda value: isinstance(value, list) and len(value) == 4 and all(map(_number, value)),
+        "[x, y, width, height] in pixels",
+    ),
     ("segmentation", _is_mask, "polygons [[x1, y1, ...], ...] or RLE with 'size' and 'counts'"),
 ]
 # What the COCO evaluation reads, that is only after the training.
 TEST_RULES = [
     ("id", bool, "a number from 1, as COCO's evaluation takes id 0 for an object not found"),
-    ("area", _is_number, "a number of pixels"),
+    ("area", _number, "a number of pixels"),
     ("iscrowd", lambda value: value in (0, 1), "0 or 1"),
 ]
 

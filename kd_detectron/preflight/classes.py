@@ -56,13 +56,8 @@ def check_dataset_classes(
 def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
     """Refuses a teacher of other class names where distillers or ``INHERIT`` go class by class.
 
-    Args:
-        cfg: the student's whole config.
-        summaries: what :func:`kd_detectron.preflight.data.check_datasets` returned for it.
-
-    Raises:
-        ConfigError: a class has another name; nothing where only the numbers of classes differ,
-            which ``check_fits`` refuses with a better sentence.
+    Where their numbers differ, ``check_fits`` refuses it with a better sentence. ``summaries`` are
+    those of :func:`kd_detectron.preflight.data.check_datasets` for ``cfg``.
     """
     if not (cfg.KD.ENABLED and cfg.DATASETS.TRAIN):
         return
@@ -81,13 +76,7 @@ def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> 
 def check_teacher_to_evaluate(
     cfg: CfgNode, summaries: Mapping[str, DatasetSummary], model: nn.Module
 ) -> None:
-    """Refuses to evaluate a teacher on ``DATASETS.TEST`` of other classes than its own.
-
-    Args:
-        cfg: the student's whole config.
-        summaries: what :func:`kd_detectron.preflight.data.check_data` returned for it.
-        model: the teacher.
-    """
+    """Refuses to evaluate ``model``, a teacher, on ``DATASETS.TEST`` of other classes."""
     who = f"the teacher (KD.TEACHER.CONFIG_FILE '{cfg.KD.TEACHER.CONFIG_FILE}')"
     for name in cfg.DATASETS.TEST if summaries else ():
         if summaries[name].classes:

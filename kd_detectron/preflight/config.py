@@ -1,17 +1,8 @@
 """Does the config name parts that exist, and a meta-architecture that distils?"""
 
+from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    StandardROIHeads,
-)
+from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, StandardROIHeads
 
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.distilled_rcnn import DistillationMixin
@@ -26,9 +17,7 @@ def check_meta_architecture(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.META_ARCHITECTURE is '{name}'{did_you_mean(name, known)}")
     asked = {"KD.DISTILLERS": cfg.KD.DISTILLERS, "KD.TEACHER.INHERIT": cfg.KD.TEACHER.INHERIT}
     key = next((key for key, names in asked.items() if names and cfg.KD.ENABLED), "")
-    if not key:
-        return
-    if name in known and not issubclass(known[name], DistillationMixin):
+    if key and name in known and not issubclass(known[name], DistillationMixin):
         distilled = [key for key, cls in known.items() if issubclass(cls, DistillationMixin)]
         raise ConfigError(
             f"{key} is {list(asked[key])} but MODEL.META_ARCHITECTURE is '{name}', "
@@ -42,15 +31,16 @@ def _check_parts(cfg: CfgNode) -> None:
     heads = cfg.MODEL.ROI_HEADS.NAME
     standard = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
     needed = isinstance(standard, type) and issubclass(standard, StandardROIHeads)
-    for node, registry, used in (
-        ("BACKBONE", BACKBONE_REGISTRY, True),
-        ("ANCHOR_GENERATOR", ANCHOR_GENERATOR_REGISTRY, True),
-        ("PROPOSAL_GENERATOR", PROPOSAL_GENERATOR_REGISTRY, False),
-        ("ROI_HEADS", ROI_HEADS_REGISTRY, False),
-        ("ROI_BOX_HEAD", ROI_BOX_HEAD_REGISTRY, needed),
-        ("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY, needed and cfg.MODEL.MASK_ON),
-        ("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY, needed and cfg.MODEL.KEYPOINT_ON),
+    for node, used in (
+        ("BACKBONE", True),
+        ("ANCHOR_GENERATOR", True),
+        ("PROPOSAL_GENERATOR", False),
+        ("ROI_HEADS", False),
+        ("ROI_BOX_HEAD", needed),
+        ("ROI_MASK_HEAD", needed and cfg.MODEL.MASK_ON),
+        ("ROI_KEYPOINT_HEAD", needed and cfg.MODEL.KEYPOINT_ON),
     ):
+        registry = getattr(modeling, f"{node}_REGISTRY")
         name, known = cfg.MODEL[node].NAME, [key for key, _ in registry]
         if name in registry or name == "PrecomputedProposals" or not (name or used):
             continue

@@ -23,8 +23,7 @@ def pixel_statistics_warning(
 ) -> str | None:
     """Returns a sentence if images are normalised by statistics that cannot be theirs.
 
-    That is, by those of images in 0..1, or by ImageNet's in the other channel order. Own data may
-    have any others.
+    That is, by those of images in 0..1, or by ImageNet's in the other channel order.
 
     Args:
         who: whose images these are, "student" or "teacher".

@@ -311,11 +311,11 @@ def test_image_of_another_size_than_annotated_counts_as_corrupt(build, make_coco
 
 def build_with_wrong_size(loader, content):
     """The same loader, on dataset dicts whose first image is annotated with another width."""
-    dicts = [dict(loader._dicts[index]) for index in range(len(loader._dicts))]
+    dicts = [dict(record) for record in loader.dataset_dicts]
     dicts[0]["width"] = content["images"][0]["width"]
-    loader._dicts = dicts
+    loader.dataset_dicts = dicts
     return loader
 
 
 def test_default_mapper_is_detectron2s(build):
-    assert isinstance(build()._mapper, DatasetMapper)
+    assert isinstance(build().mapper, DatasetMapper)
