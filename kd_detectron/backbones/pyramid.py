@@ -87,16 +87,6 @@ class NetworkBackbone(StageBackbone):
         return {stage: found[stage][0] for stage in stages}
 
 
-def check_not_frozen(cfg: CfgNode) -> None:
-    """Raises ConfigError for stages to freeze in a network whose stages are not known."""
-    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
-        raise ConfigError(
-            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
-            f" MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}': set it to 0 (MODEL.RESNETS.NORM"
-            " 'FrozenBN' freezes its BatchNorm)"
-        )
-
-
 def build_pyramid(
     cfg: CfgNode, build: Callable[[CfgNode, list[str]], Backbone], *, retinanet: bool = False
 ) -> FPN:
@@ -109,8 +99,15 @@ def build_pyramid(
             has them, instead of a pooled p5.
 
     Raises:
-        ConfigError: ``MODEL.FPN.IN_FEATURES`` names something else than res2 to res5.
+        ConfigError: ``MODEL.FPN.IN_FEATURES`` names something else than res2 to res5, or
+            ``MODEL.BACKBONE.FREEZE_AT`` is not 0.
     """
+    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
+            f" MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}': set it to 0 (MODEL.RESNETS.NORM"
+            " 'FrozenBN' freezes its BatchNorm)"
+        )
     stages, channels = list(cfg.MODEL.FPN.IN_FEATURES), cfg.MODEL.FPN.OUT_CHANNELS
     for stage in stages:
         if stage not in STAGE_STRIDES:

@@ -20,7 +20,7 @@ from detectron2.modeling.backbone import FPN
 from torch import nn
 
 from kd_detectron.backbones.pixel_statistics import warn_of_pretrained_statistics
-from kd_detectron.backbones.pyramid import NetworkBackbone, build_pyramid, check_not_frozen
+from kd_detectron.backbones.pyramid import NetworkBackbone, build_pyramid
 from kd_detectron.errors import ConfigError, did_you_mean
 
 
@@ -96,7 +96,6 @@ def _create(name: str, *, pretrained: bool = False, **options) -> nn.Module:
 
 
 def _network(cfg: CfgNode, stages: Sequence[str]) -> TimmBackbone:
-    check_not_frozen(cfg)
     bottom_up = TimmBackbone(
         cfg.MODEL.TIMM.NAME,
         pretrained=cfg.MODEL.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS,

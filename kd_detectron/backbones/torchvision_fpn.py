@@ -23,7 +23,7 @@ from detectron2.modeling.backbone import FPN
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kd_detectron.backbones.pyramid import NetworkBackbone, build_pyramid, check_not_frozen
+from kd_detectron.backbones.pyramid import NetworkBackbone, build_pyramid
 from kd_detectron.errors import ConfigError, did_you_mean
 
 
@@ -110,7 +110,6 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _network(cfg: CfgNode, stages: Sequence[str]) -> TorchvisionBackbone:
-    check_not_frozen(cfg)
     name, norm = cfg.MODEL.TORCHVISION.NAME, cfg.MODEL.RESNETS.NORM
     return TorchvisionBackbone(name, norm=norm, out_features=stages)
 

@@ -32,7 +32,6 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -119,9 +118,8 @@ def build_lazy_train_loader(
 
 
 def _calls(node, *targets: Callable) -> bool:
-    """Whether a LazyConfig's node is a call of one of these, given as object or by name."""
-    target = node.get("_target_") if isinstance(node, Mapping) else None
-    return (locate(target) if isinstance(target, str) else target) in targets
+    """Whether a LazyConfig's node is a call of one of these."""
+    return isinstance(node, Mapping) and node.get("_target_") in targets
 
 
 @dataclass(eq=False)

@@ -4,8 +4,8 @@ For the demo and for trying things without downloading: coloured shapes of four 
 and boxes. A detector learns it from scratch in minutes: a class has a shape and a hue of its own,
 and shapes never overlap.
 
-Shapes are drawn, and their masks traced, at four times the size. Every image has its own random stream, (seed,
-split, number), so that a larger set begins with the images of the smaller one.
+Shapes are drawn, and their masks traced, at four times the size. Every image has its own random
+stream, (seed, split, number), so that a larger set begins with the images of the smaller one.
 """
 
 import json

@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="JSON",
         help="names and ids of the classes from this COCO-format file (by default from the "
-        "datasets of the teacher's config)",
+        "dataset that the teacher's config trains on)",
     )
     parser.add_argument("--batch-size", type=int, default=4, help="images at once (%(default)s)")
     parser.add_argument(
