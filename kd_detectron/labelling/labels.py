@@ -11,7 +11,6 @@ goes on. Images that cannot be read are reported and left out.
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -198,7 +197,7 @@ def label_images(
     *,
     categories: Sequence[dict],
     thresholds: dict[str, float],
-    source: str = "",
+    source: str,
     batch_size: int = 4,
     workers: int = 2,
 ) -> dict:
@@ -215,8 +214,7 @@ def label_images(
         workers: processes that read images; 0 reads in this one.
 
     Returns:
-        Counts: "images" labelled, "empty" of them, "annotations", "skipped" unreadable images, and
-        the annotations of each class by its name under "classes".
+        The file's content.
 
     Raises:
         ConfigError: the output exists, or the partial file is of other settings.
@@ -247,9 +245,11 @@ def label_images(
             for record in _label_batch(model, batch, categories, thresholds):
                 done[record["name"]] = record
                 _write_line(file, record)
-    counts = _write_coco([done[image["name"]] for image in images], output, settings)
+    content = _coco_content([done[image["name"]] for image in images], settings)
+    with atomic_open(output, "w") as file:
+        json.dump(content, file)
     os.remove(unfinished)
-    return counts
+    return content
 
 
 def _read(mapper: DatasetMapper, image: dict) -> dict:
@@ -323,32 +323,16 @@ def _read_partial(path: str, settings: dict) -> dict[str, dict]:
     return {record["name"]: record for record in lines[1:]}
 
 
-def _write_coco(records: list[dict], output: str, settings: dict) -> dict:
+def _coco_content(records: list[dict], settings: dict) -> dict:
     labelled = [record for record in records if "skipped" not in record]
     annotations = [each for record in labelled for each in record["annotations"]]
     info = {"description": "labelled by a detector, not by people", **settings}
-    categories = info.pop("categories")
-    content = {
+    return {
+        "categories": info.pop("categories"),
         "info": info,
         "images": [
-            {
-                "id": record["id"],
-                "file_name": record["name"],
-                "height": record["height"],
-                "width": record["width"],
-            }
+            {"file_name": record["name"]} | {key: record[key] for key in ("id", "height", "width")}
             for record in labelled
         ],
         "annotations": [{"id": i} | each for i, each in enumerate(annotations, start=1)],
-        "categories": categories,
-    }
-    with atomic_open(output, "w") as file:
-        json.dump(content, file)
-    by_class = Counter(each["category_id"] for each in annotations)
-    return {
-        "images": len(labelled),
-        "empty": sum(not record["annotations"] for record in labelled),
-        "annotations": len(annotations),
-        "skipped": len(records) - len(labelled),
-        "classes": {category["name"]: by_class[category["id"]] for category in categories},
     }

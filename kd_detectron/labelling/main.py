@@ -11,6 +11,7 @@ command goes on after an interruption.
 """
 
 import argparse
+from collections import Counter
 
 from detectron2.utils.logger import setup_logger
 
@@ -82,7 +83,7 @@ def label(args: argparse.Namespace) -> None:
     model, mapper = load_labeller(cfg)
     categories = categories_of(cfg, model, args.categories)
     thresholds = parse_thresholds(args.score_threshold, [each["name"] for each in categories])
-    counts = label_images(
+    content = label_images(
         model,
         mapper,
         images,
@@ -93,11 +94,14 @@ def label(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         workers=args.workers,
     )
-    classes = ", ".join(f"{name} {count}" for name, count in counts["classes"].items())
+    count = Counter(label["category_id"] for label in content["annotations"])
+    classes = ", ".join(f"{each['name']} {count[each['id']]}" for each in categories)
+    with_labels = {label["image_id"] for label in content["annotations"]}
+    labelled = len(content["images"])
     print(
-        f"{args.output}: {counts['annotations']} labels on {counts['images']} images "
-        f"({counts['empty']} of them without any), {counts['skipped']} images skipped\n"
-        f"labels by class: {classes}"
+        f"{args.output}: {count.total()} labels on {labelled} images "
+        f"({labelled - len(with_labels)} of them without any), "
+        f"{len(images) - labelled} images skipped\nlabels by class: {classes}"
     )
 
 

@@ -67,24 +67,25 @@ def folder(tmp_path):
 
 
 def run(model, folder, output, *, images=None, thresholds=("0.5",), **options):
-    counts = label_images(
+    written = label_images(
         model,
         DatasetMapper(is_train=False, augmentations=[], image_format="BGR"),
         find_images(folder) if images is None else images,
         str(output),
         categories=CATEGORIES,
         thresholds=parse_thresholds(thresholds, NAMES),
+        source="a teacher",
         workers=0,
         batch_size=2,
         **options,
     )
-    return counts, json.loads(Path(output).read_text())
+    assert written == json.loads(Path(output).read_text())
+    return written
 
 
 def test_labels_above_the_threshold_are_written_with_score_and_own_category_ids(folder, tmp_path):
-    counts, coco = run(FixedDetector(), folder, tmp_path / "out.json")
-    assert counts.pop("classes") == {"red": 5, "white": 5, "plate": 0}
-    assert counts == {"images": 5, "empty": 0, "annotations": 10, "skipped": 0}
+    coco = run(FixedDetector(), folder, tmp_path / "out.json")
+    assert [each["category_id"] for each in coco["annotations"]] == [3, 5] * 5
     assert [image["file_name"] for image in coco["images"]][-1] == "more/4.png"
     assert coco["images"][0] == {"id": 1, "file_name": "0.png", "height": 48, "width": 64}
     assert [each["id"] for each in coco["annotations"]] == list(range(1, 11))
@@ -96,7 +97,7 @@ def test_labels_above_the_threshold_are_written_with_score_and_own_category_ids(
 
 
 def test_each_class_can_have_its_own_threshold(folder, tmp_path):
-    _, coco = run(FixedDetector(), folder, tmp_path / "o.json", thresholds=("0.95", "plate=0.2"))
+    coco = run(FixedDetector(), folder, tmp_path / "o.json", thresholds=("0.95", "plate=0.2"))
     assert {each["category_id"] for each in coco["annotations"]} == {9}
 
 
@@ -114,7 +115,7 @@ def test_thresholds_that_cannot_be_meant_are_refused():
 
 def test_masks_are_written_as_rle_and_empty_ones_left_out(folder, tmp_path):
     model = FixedDetector(masks=True)
-    _, coco = run(model, folder, tmp_path / "out.json", thresholds=("0.1",))
+    coco = run(model, folder, tmp_path / "out.json", thresholds=("0.1",))
     assert len(coco["annotations"]) == 10  # The third object's mask has no pixel.
     mask = coco["annotations"][0]["segmentation"]
     assert mask["size"] == [48, 64] and isinstance(mask["counts"], str)
@@ -122,14 +123,14 @@ def test_masks_are_written_as_rle_and_empty_ones_left_out(folder, tmp_path):
 
 
 def test_interrupted_run_goes_on_and_gives_the_same_file(folder, tmp_path):
-    _, whole = run(FixedDetector(), folder, tmp_path / "whole.json")
+    whole = run(FixedDetector(), folder, tmp_path / "whole.json")
     with pytest.raises(KeyboardInterrupt):
         run(FixedDetector(fail_after=3), folder, tmp_path / "out.json")
     assert not (tmp_path / "out.json").exists()
     with open(tmp_path / "out.json.partial", "a") as file:
         file.write('{"id": 3, "file_na')  # The process was killed within a line.
     rest = FixedDetector()
-    _, resumed = run(rest, folder, tmp_path / "out.json")
+    resumed = run(rest, folder, tmp_path / "out.json")
     assert rest.seen == ["2.png", "3.png", "more/4.png"]
     assert resumed == whole
     assert not (tmp_path / "out.json.partial").exists()
@@ -153,8 +154,7 @@ def test_bad_images_are_named_and_skipped(folder, tmp_path, caplog, monkeypatch)
     monkeypatch.setattr(logging.getLogger("kd_detectron"), "propagate", True)
     Path(folder, "1.png").write_bytes(b"no image")
     Path(folder, "3.png").write_bytes(Path(folder, "3.png").read_bytes()[:200])
-    counts, coco = run(FixedDetector(), folder, tmp_path / "out.json")
-    assert counts["skipped"] == 2
+    coco = run(FixedDetector(), folder, tmp_path / "out.json")
     assert [image["id"] for image in coco["images"]] == [1, 3, 5]
     assert "skipped '1.png'" in caplog.text and "skipped '3.png'" in caplog.text
 
@@ -217,7 +217,9 @@ def test_command_labels_with_a_real_teacher_and_its_file_trains(folder, tmp_path
     arguments = ["--teacher", teacher, "--weights", "none", "--images", folder]
     arguments += ["--skip-labelled", known, "--output", str(output), "--workers", "0"]
     assert main([*arguments, "--score-threshold", "0.0"]) == 0
-    assert "4 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "labels on 4 images (0 of them without any), 0 images skipped" in printed
+    assert "labels by class: red " in printed
     coco = json.loads(output.read_text())
     assert coco["categories"] == CATEGORIES and len(coco["images"]) == 4
     assert all(("segmentation" in each) == masks for each in coco["annotations"])
