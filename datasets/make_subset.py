@@ -16,7 +16,6 @@ from pathlib import Path
 
 from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import exit_code
-from kd_detectron.data.coco_format import read_coco
 from kd_detectron.errors import ConfigError
 
 
@@ -30,12 +29,8 @@ def make_subset(
 ) -> None:
     """Writes ``target``: the COCO-format file ``source`` with ``images`` of its images.
 
-    Args:
-        source: a COCO-format annotation file.
-        target: the file to write.
-        images: how many images to draw.
-        rest: the file to write with the images that were not drawn, if any.
-        seed: of the draw.
+    ``rest`` is the file to write with the images that were not drawn, if any; ``seed`` that of the
+    draw.
 
     Raises:
         ConfigError: ``source`` is not COCO-format, has fewer images (with ``rest`` at least one
@@ -47,9 +42,12 @@ def make_subset(
             f"source '{source}', target '{target}' and --rest '{rest or ''}' must be different"
             " files; name another"
         )
-    content = read_coco(source, "source")
-    entries, annotations = content["images"], content["annotations"]
-    identifiers = sorted(entry["id"] for entry in entries)
+    try:
+        content = json.loads(Path(source).read_text())
+        entries, annotations = content["images"], content["annotations"]
+        identifiers = sorted(entry["id"] for entry in entries)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"'{source}' is not a COCO-format annotation file: {error!r}") from error
     most = len(entries) - (rest is not None)
     if not 0 < images <= most:
         raise ConfigError(

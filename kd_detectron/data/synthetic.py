@@ -49,10 +49,7 @@ def make_synthetic(
         out_dir: the folder to make.
         num_train, num_val: number of images of the two splits.
         image_size: height and width of the images in pixels.
-        seed: any non-negative integer; the same seed gives byte-identical annotation files.
-
-    Returns:
-        ``out_dir`` as a path.
+        seed: any non-negative integer; the same seed gives the same files, byte for byte.
 
     Raises:
         ConfigError: ``out_dir`` holds something else.

@@ -204,11 +204,8 @@ def label_images(
     """Labels images and writes them as a COCO-format file.
 
     Args:
-        model, mapper: as :func:`load_labeller` returns them.
-        images: as :func:`find_images` returns them.
+        model, mapper, images, categories, thresholds: as the functions above return them.
         output: the file to write; ``<output>.partial`` beside it until it is complete.
-        categories: as :func:`categories_of` returns them.
-        thresholds: lowest score of a label, by class name.
         source: names the teacher, for the file's "info" and to recognise an interrupted run.
         batch_size: images that the teacher sees at once.
         workers: processes that read images; 0 reads in this one.

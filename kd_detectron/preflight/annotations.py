@@ -58,9 +58,7 @@ def check_coco_files(
     """Checks one COCO-format dataset: an annotation file and the folder of its images.
 
     Args:
-        json_file, image_dir: the two paths.
-        name: the dataset's name.
-        key: the config key that names it, for messages.
+        name, key: the dataset's name and the config key that gives it, for messages.
         for_training: whether it must hold annotations.
         for_test: whether the annotations need what the COCO evaluation reads.
         mask_format: ``INPUT.MASK_FORMAT`` of a model that learns masks; None without masks.
@@ -69,18 +67,14 @@ def check_coco_files(
     """
     name_in_messages = f"{key} '{name}'" if key else name
     title = f"{name_in_messages}: '{os.path.abspath(json_file)}'"
-    if not os.path.isfile(json_file):
-        raise ConfigError(
-            f"{name_in_messages}: annotation file '{os.path.abspath(json_file)}' does not exist"
-            f" ({datasets_root()}); put it there, or set DETECTRON2_DATASETS to the folder that"
-            " holds your datasets"
-        )
+    for what, path in (("annotation file", json_file), ("image folder", image_dir)):
+        if not os.path.exists(path):
+            raise ConfigError(
+                f"{name_in_messages}: {what} '{os.path.abspath(path)}' does not exist"
+                f" ({datasets_root()}); put it there, correct the path, or set DETECTRON2_DATASETS"
+                " to the folder that holds your datasets"
+            )
     content = read_coco(json_file, f"{name_in_messages}: annotation file")
-    if not os.path.isdir(image_dir):
-        raise ConfigError(
-            f"{name_in_messages}: image folder '{os.path.abspath(image_dir)}' does not exist"
-            f" ({datasets_root()}); put the images there or correct the path"
-        )
     images, annotations = content["images"], content["annotations"]
     for part in ("categories", "images"):
         if not content[part]:

@@ -2,10 +2,20 @@
 
 from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, StandardROIHeads
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.distilled_rcnn import DistillationMixin
+
+PARTS = (
+    "BACKBONE",
+    "ANCHOR_GENERATOR",
+    "PROPOSAL_GENERATOR",
+    "ROI_HEADS",
+    "ROI_BOX_HEAD",
+    "ROI_MASK_HEAD",
+    "ROI_KEYPOINT_HEAD",
+)
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
@@ -27,22 +37,9 @@ def check_meta_architecture(cfg: CfgNode) -> None:
 
 
 def _check_parts(cfg: CfgNode) -> None:
-    """Refuses parts of the detector that are not registered, and heads that it needs and lacks."""
-    heads = cfg.MODEL.ROI_HEADS.NAME
-    standard = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
-    needed = isinstance(standard, type) and issubclass(standard, StandardROIHeads)
-    for node, used in (
-        ("BACKBONE", True),
-        ("ANCHOR_GENERATOR", True),
-        ("PROPOSAL_GENERATOR", False),
-        ("ROI_HEADS", False),
-        ("ROI_BOX_HEAD", needed),
-        ("ROI_MASK_HEAD", needed and cfg.MODEL.MASK_ON),
-        ("ROI_KEYPOINT_HEAD", needed and cfg.MODEL.KEYPOINT_ON),
-    ):
-        registry = getattr(modeling, f"{node}_REGISTRY")
-        name, known = cfg.MODEL[node].NAME, [key for key, _ in registry]
-        if name in registry or name == "PrecomputedProposals" or not (name or used):
-            continue
-        what = f"is '{name}'" if name else "is empty, and the detector needs one"
-        raise ConfigError(f"MODEL.{node}.NAME {what}{did_you_mean(name, known)}")
+    """Refuses parts of the detector that are not registered."""
+    for part in PARTS:
+        name, registry = cfg.MODEL[part].NAME, getattr(modeling, f"{part}_REGISTRY")
+        if name and name not in registry and name != "PrecomputedProposals":
+            near = did_you_mean(name, [key for key, _ in registry])
+            raise ConfigError(f"MODEL.{part}.NAME is '{name}'{near}")

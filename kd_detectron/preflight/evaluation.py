@@ -19,12 +19,7 @@ _EVALUATION_PACKAGES = {
 def check_evaluation(cfg: CfgNode) -> None:
     """Refuses, before training, an evaluation that would fail after it.
 
-    Args:
-        cfg: a whole config, its ``DATASETS.COCO_FORMAT`` registered.
-
-    Raises:
-        ConfigError: there is no evaluator for a dataset, it needs a package that is missing, or
-            there is no test-time augmentation for the detector.
+    ``DATASETS.COCO_FORMAT`` must be registered.
     """
     for name in cfg.DATASETS.TEST:
         if name in DatasetCatalog:

@@ -60,12 +60,7 @@ def pixel_statistics_warning(
 def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
     """Logs where student or teacher normalise by statistics that cannot be their images'.
 
-    Args:
-        model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
-        wording: turns a warning into the words of the user's config.
-
-    Returns:
-        The warnings.
+    Returns the warnings, each in the words of the user's config by ``wording``.
     """
     detectors = {"student": (model, getattr(model, "input_format", None))}
     teacher = getattr(model, "teacher", None)

@@ -1,7 +1,5 @@
 """A mean or standard deviation that cannot be the images' is warned of, with the fix."""
 
-import logging
-
 import pytest
 from detectron2.modeling import build_model
 from tiny import distilled_cfg, tiny_cfg
@@ -13,12 +11,6 @@ from kd_detectron.preflight.pixel_statistics import (
 
 RGB_MEAN, BGR_MEAN = [123.675, 116.28, 103.53], [103.53, 116.28, 123.675]
 RGB_STD, BGR_STD = [58.395, 57.12, 57.375], [57.375, 57.12, 58.395]
-
-
-@pytest.fixture(autouse=True)
-def log_reaches_caplog(monkeypatch):
-    """Detectron2's ``setup_logger``, called by any test before, would keep it from there."""
-    monkeypatch.setattr(logging.getLogger("kd_detectron"), "propagate", True)
 
 
 @pytest.mark.parametrize(
