@@ -13,11 +13,9 @@ from functools import partial
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN
+from detectron2.layers import get_norm
 
-from kd_detectron.backbones.pyramid import StageBackbone, build_pyramid
+from kd_detectron.backbones.pyramid import StageBackbone, register_builders
 
 # Index of the last block of each stage in torchvision's ``features``.
 _LAST_BLOCKS = {"res2": 3, "res3": 6, "res4": 13, "res5": 17}
@@ -65,13 +63,4 @@ def _network(cfg: CfgNode, stages: Sequence[str]) -> MobileNetV2:
     return MobileNetV2(width_mult=width, norm=norm, out_features=stages)
 
 
-@BACKBONE_REGISTRY.register()
-def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds MobileNetV2 with an FPN from ``MODEL.MOBILENETV2``, ``RESNETS.NORM`` and ``FPN``."""
-    return build_pyramid(cfg, _network)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return build_pyramid(cfg, _network, retinanet=True)
+register_builders("mobilenetv2", _network)

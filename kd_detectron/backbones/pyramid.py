@@ -9,6 +9,8 @@ from typing import ClassVar
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
@@ -87,16 +89,25 @@ class NetworkBackbone(StageBackbone):
         return {stage: found[stage][0] for stage in stages}
 
 
+def register_builders(network: str, build: Callable[[CfgNode, list[str]], StageBackbone]) -> None:
+    """Registers ``build_<network>_fpn_backbone`` and ``build_retinanet_<network>_fpn_backbone``.
+
+    The second has RetinaNet's p6 and p7 in place of a pooled p5; its ``MODEL.FPN.IN_FEATURES``
+    starts at res3. ``build`` builds the network, given the stages that the FPN reads.
+    """
+    for name, retinanet in ((network, False), (f"retinanet_{network}", True)):
+
+        def builder(cfg: CfgNode, input_shape: ShapeSpec, retinanet: bool = retinanet) -> FPN:
+            return build_pyramid(cfg, build, retinanet=retinanet)
+
+        builder.__name__ = f"build_{name}_fpn_backbone"
+        BACKBONE_REGISTRY.register(builder)
+
+
 def build_pyramid(
-    cfg: CfgNode, build: Callable[[CfgNode, list[str]], Backbone], *, retinanet: bool = False
+    cfg: CfgNode, build: Callable[[CfgNode, list[str]], StageBackbone], *, retinanet: bool
 ) -> FPN:
     """Builds Detectron2's FPN as its ResNet builders do: p2..p6, or p3..p7 for RetinaNet.
-
-    Args:
-        cfg: the config; ``MODEL.FPN`` is read.
-        build: builds the network, given the stages that the FPN reads.
-        retinanet: whether p6 and p7 are convolutions on the network's last output, as RetinaNet
-            has them, instead of a pooled p5.
 
     Raises:
         ConfigError: ``MODEL.FPN.IN_FEATURES`` names something else than res2 to res5, or

@@ -14,13 +14,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN
 from torch import nn
 
 from kd_detectron.backbones.pixel_statistics import warn_of_pretrained_statistics
-from kd_detectron.backbones.pyramid import NetworkBackbone, build_pyramid
+from kd_detectron.backbones.pyramid import NetworkBackbone, register_builders
 from kd_detectron.errors import ConfigError, did_you_mean
 
 
@@ -114,13 +111,4 @@ def _network(cfg: CfgNode, stages: Sequence[str]) -> TimmBackbone:
     return bottom_up
 
 
-@BACKBONE_REGISTRY.register()
-def build_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds a timm network with an FPN from ``MODEL.TIMM``, ``MODEL.FPN`` and ``RESNETS.NORM``."""
-    return build_pyramid(cfg, _network)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return build_pyramid(cfg, _network, retinanet=True)
+register_builders("timm", _network)

@@ -17,13 +17,11 @@ from collections.abc import Iterator, Sequence
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kd_detectron.backbones.pyramid import NetworkBackbone, build_pyramid
+from kd_detectron.backbones.pyramid import NetworkBackbone, register_builders
 from kd_detectron.errors import ConfigError, did_you_mean
 
 
@@ -114,13 +112,4 @@ def _network(cfg: CfgNode, stages: Sequence[str]) -> TorchvisionBackbone:
     return TorchvisionBackbone(name, norm=norm, out_features=stages)
 
 
-@BACKBONE_REGISTRY.register()
-def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds a torchvision network with an FPN from ``MODEL.TORCHVISION``, ``FPN`` and the norm."""
-    return build_pyramid(cfg, _network)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return build_pyramid(cfg, _network, retinanet=True)
+register_builders("torchvision", _network)
