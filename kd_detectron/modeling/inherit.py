@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 AUTO = "auto"
 
 
-def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
-    """Copies parts of the teacher into the student.
+def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> list[str]:
+    """Copies parts of the teacher into the student; returns the names of the tensors.
 
     Args:
         parts: the starts of the names, ``KD.TEACHER.INHERIT``; "auto" is every module behind the
@@ -41,9 +41,10 @@ def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
         if isinstance(part, nn.Module)
         for key, tensor in part.state_dict().items()
     }
+    copied: list[str] = []
     for part in parts:
         if part == AUTO:
-            _inherit_what_fits(own, student, teacher)
+            copied += _inherit_what_fits(own, student, teacher)
             continue
         inherited = {key: t for key, t in teacher.state_dict().items() if key.startswith(part)}
         wrong = [k for k, t in inherited.items() if k not in own or own[k].shape != t.shape]
@@ -60,14 +61,15 @@ def inherit(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
                 f"e.g. {wrong[0]}; name only parts that are built alike (MODEL.FPN, .RPN, .ROI_*), "
                 "or 'auto' for all that fit"
             )
-        _copy(inherited, own)
+        copied += _copy(inherited, own)
         logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))
+    return copied
 
 
 def _inherit_what_fits(
     own: Mapping[str, torch.Tensor], student: Mapping, teacher: nn.Module
-) -> None:
-    state = teacher.state_dict()
+) -> list[str]:
+    state, copied = teacher.state_dict(), []
     fitting: list[str] = []
     reasons: dict[str, str] = {}
     for module in _modules(student):
@@ -77,7 +79,7 @@ def _inherit_what_fits(
         if reason:
             reasons[module] = reason
         else:
-            _copy(theirs, own)
+            copied += _copy(theirs, own)
             fitting.append(module)
     refused = "; ".join(f"{module} ({reason})" for module, reason in reasons.items())
     if not fitting:
@@ -90,6 +92,7 @@ def _inherit_what_fits(
     logger.info("Inherited from the teacher: %s", ", ".join(fitting))
     if refused:
         logger.info("Not inherited from the teacher: %s", refused)
+    return copied
 
 
 def _modules(student: Mapping) -> list[str]:
@@ -128,6 +131,7 @@ def _why_not(module, ours, theirs, fitting, student_model, teacher) -> str:
     return ""
 
 
-def _copy(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+def _copy(tensors: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
     for key, tensor in tensors.items():
         own[key].copy_(tensor)
+    return list(tensors)

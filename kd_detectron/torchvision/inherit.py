@@ -21,8 +21,8 @@ AUTO = "auto"
 _PARTS = ("backbone.fpn", "rpn.head", "head")
 
 
-def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) -> None:
-    """Copies parts of the teacher into the student.
+def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) -> list[str]:
+    """Copies parts of the teacher into the student; returns the names of the tensors.
 
     Args:
         parts: the starts of the names of tensors, such as "rpn" and "roi_heads"; "auto" is the FPN,
@@ -34,9 +34,10 @@ def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) 
         ConfigError: the teacher has no such part, or the student's is another; for "auto", nothing
             fits.
     """
+    copied: list[str] = []
     for part in parts:
         if part == AUTO:
-            _inherit_what_fits(student, teacher)
+            copied += _inherit_what_fits(student, teacher)
             continue
         theirs, wrong = _tensors(part, student, teacher)
         if not theirs or wrong:
@@ -47,10 +48,12 @@ def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) 
                 "only parts that are built alike (backbone.fpn, rpn, roi_heads), or 'auto' for all "
                 "that fit"
             )
-        _copy(theirs, student)
+        copied += _copy(theirs, student)
+    return copied
 
 
-def _inherit_what_fits(student: nn.Module, teacher: nn.Module) -> None:
+def _inherit_what_fits(student: nn.Module, teacher: nn.Module) -> list[str]:
+    copied: list[str] = []
     levels = [read_anatomy(student, "student").levels, read_anatomy(teacher, "teacher").levels]
     generators = [anchor_generator_of(model) for model in (student, teacher)]
     same_levels = levels[0] == levels[1]
@@ -75,7 +78,7 @@ def _inherit_what_fits(student: nn.Module, teacher: nn.Module) -> None:
             weights = [m.roi_heads.box_coder.weights for m in (student, teacher) if fits]
             fits = fits and tuple(weights[0]) == tuple(weights[1])
         if fits:
-            _copy(theirs, student)
+            copied += _copy(theirs, student)
             fitting.append(part)
     if not fitting:
         raise ConfigError(
@@ -84,6 +87,7 @@ def _inherit_what_fits(student: nn.Module, teacher: nn.Module) -> None:
             "inherit out"
         )
     logger.info("Inherited from the teacher: %s", ", ".join(fitting))
+    return copied
 
 
 def _tensors(start: str, student: nn.Module, teacher: nn.Module) -> tuple[dict, list[str]]:
@@ -94,7 +98,8 @@ def _tensors(start: str, student: nn.Module, teacher: nn.Module) -> tuple[dict, 
     return theirs, wrong
 
 
-def _copy(tensors: dict, student: nn.Module) -> None:
+def _copy(tensors: dict, student: nn.Module) -> list[str]:
     own = student.state_dict()
     for key, tensor in tensors.items():
         own[key].copy_(tensor)
+    return list(tensors)
