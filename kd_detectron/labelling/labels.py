@@ -286,15 +286,14 @@ def _label_batch(
 def _annotation(detection: dict, categories: Sequence[dict]) -> dict:
     mask = detection.get("segmentation")
     width, height = detection["bbox"][2:]
-    annotation = {
-        "image_id": detection["image_id"],
+    detection.pop("keypoints", None)
+    return detection | {
         "category_id": categories[detection["category_id"]]["id"],
         "bbox": [round(value, 2) for value in detection["bbox"]],
         "area": float(mask_util.area(mask)) if mask else round(width * height, 2),
         "iscrowd": 0,
         "score": round(detection["score"], 4),
     }
-    return annotation | ({"segmentation": mask} if mask else {})
 
 
 def _write_line(file, content: dict) -> None:

@@ -76,14 +76,13 @@ def check_coco_files(
             )
     content = read_coco(json_file, f"{name_in_messages}: annotation file")
     images, annotations = content["images"], content["annotations"]
-    for part in ("categories", "images"):
+    for part, rules in (("categories", CATEGORY_RULES), ("images", IMAGE_RULES)):
         if not content[part]:
             raise ConfigError(f"{title} lists no {part}, without which it cannot be used")
+        _check_entries(title, part, content[part], rules)
     rules = ANNOTATION_RULES + (TEST_RULES if for_test else [])
     if for_test and num_keypoints is not None:
         rules = [*rules, ("num_keypoints", _number, "how many keypoints are labelled")]
-    _check_entries(title, "categories", content["categories"], CATEGORY_RULES)
-    _check_entries(title, "images", images, IMAGE_RULES)
     # Detectron2 makes the same exception for COCO 2014.
     _check_entries(title, "annotations", annotations, rules, unique="minival" not in json_file)
     files = [os.path.join(image_dir, image["file_name"]) for image in images]
