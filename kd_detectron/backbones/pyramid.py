@@ -89,6 +89,16 @@ class NetworkBackbone(StageBackbone):
         return {stage: found[stage][0] for stage in stages}
 
 
+def check_not_frozen(cfg: CfgNode) -> None:
+    """Refuses a ``MODEL.BACKBONE.FREEZE_AT`` for a network of unknown stages."""
+    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
+        raise ConfigError(
+            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
+            f" MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}': set it to 0 (MODEL.RESNETS.NORM"
+            " 'FrozenBN' freezes its BatchNorm)"
+        )
+
+
 def register_builders(network: str, build: Callable[[CfgNode, list[str]], StageBackbone]) -> None:
     """Registers ``build_<network>_fpn_backbone`` and ``build_retinanet_<network>_fpn_backbone``.
 
@@ -110,15 +120,8 @@ def build_pyramid(
     """Builds Detectron2's FPN as its ResNet builders do: p2..p6, or p3..p7 for RetinaNet.
 
     Raises:
-        ConfigError: ``MODEL.FPN.IN_FEATURES`` names something else than res2 to res5, or
-            ``MODEL.BACKBONE.FREEZE_AT`` is not 0.
+        ConfigError: ``MODEL.FPN.IN_FEATURES`` names something else than res2 to res5.
     """
-    if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
-        raise ConfigError(
-            f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
-            f" MODEL.BACKBONE.NAME '{cfg.MODEL.BACKBONE.NAME}': set it to 0 (MODEL.RESNETS.NORM"
-            " 'FrozenBN' freezes its BatchNorm)"
-        )
     stages, channels = list(cfg.MODEL.FPN.IN_FEATURES), cfg.MODEL.FPN.OUT_CHANNELS
     for stage in stages:
         if stage not in STAGE_STRIDES:

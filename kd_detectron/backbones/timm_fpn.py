@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from kd_detectron.backbones.pixel_statistics import warn_of_pretrained_statistics
-from kd_detectron.backbones.pyramid import NetworkBackbone, register_builders
+from kd_detectron.backbones.pyramid import NetworkBackbone, check_not_frozen, register_builders
 from kd_detectron.errors import ConfigError, did_you_mean
 
 
@@ -93,6 +93,7 @@ def _create(name: str, *, pretrained: bool = False, **options) -> nn.Module:
 
 
 def _network(cfg: CfgNode, stages: Sequence[str]) -> TimmBackbone:
+    check_not_frozen(cfg)
     bottom_up = TimmBackbone(
         cfg.MODEL.TIMM.NAME,
         pretrained=cfg.MODEL.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS,

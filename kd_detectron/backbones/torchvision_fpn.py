@@ -21,7 +21,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kd_detectron.backbones.pyramid import NetworkBackbone, register_builders
+from kd_detectron.backbones.pyramid import NetworkBackbone, check_not_frozen, register_builders
 from kd_detectron.errors import ConfigError, did_you_mean
 
 
@@ -108,6 +108,7 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
 
 
 def _network(cfg: CfgNode, stages: Sequence[str]) -> TorchvisionBackbone:
+    check_not_frozen(cfg)
     name, norm = cfg.MODEL.TORCHVISION.NAME, cfg.MODEL.RESNETS.NORM
     return TorchvisionBackbone(name, norm=norm, out_features=stages)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils.events import EventStorage
 from tiny import tiny_batch, tiny_cfg
@@ -40,6 +41,28 @@ def test_layers_after_the_last_stage_asked_for_are_not_built():
     assert list(part(torch.zeros(1, 3, 32, 32))) == ["res2", "res3"]
 
 
+@pytest.mark.parametrize("freeze_at", range(6))
+def test_freeze_at_counts_stages_as_for_resnet(freeze_at):
+    cfg = tiny_cfg([*MOBILENET, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", freeze_at])
+    # blocks up to stride 2, 4, 8, 16, 32
+    frozen_blocks = (0, 2, 4, 7, 14, 18)[freeze_at]
+    for index, block in enumerate(build_backbone(cfg).bottom_up.features):
+        frozen = not any(parameter.requires_grad for parameter in block.parameters())
+        frozen_norm = any(isinstance(module, FrozenBatchNorm2d) for module in block.modules())
+        assert frozen == frozen_norm == (index < frozen_blocks)
+
+
+def test_frozen_stages_do_not_move_in_training():
+    backbone = MobileNetV2(width_mult=0.25, norm="BN", freeze_at=2).train()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    features = backbone(torch.rand(2, 3, 64, 96))
+    sum(feature.square().mean() for feature in features.values()).backward()
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None) == (int(name.split(".")[1]) > 3)
+    moved = {name for name, t in backbone.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved and not any(int(name.split(".")[1]) <= 3 for name in moved)
+
+
 def test_detector_trains_and_detects():
     torch.manual_seed(0)
     model = build_model(tiny_cfg(MOBILENET)).train()
@@ -70,7 +93,6 @@ def test_retinanet_builder_gives_p3_to_p7():
     "key, value",
     [
         ("MODEL.RESNETS.NORM", "GN"),
-        ("MODEL.BACKBONE.FREEZE_AT", 2),
         ("MODEL.FPN.IN_FEATURES", ["res2", "res6"]),
     ],
 )
