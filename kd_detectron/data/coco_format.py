@@ -15,11 +15,11 @@ import logging
 import math
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
 
 from kd_detectron.errors import ConfigError
 
@@ -27,9 +27,16 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_path(path: str) -> str:
-    """Returns ``path`` below ``DETECTRON2_DATASETS``; an absolute path as it is."""
+    """Returns ``path`` below ``DETECTRON2_DATASETS``; an absolute path or a URL as it is."""
+    if "://" in path:
+        return path
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     return os.path.join(os.path.expanduser(root), os.path.expanduser(path))
+
+
+def absolute(path: str | os.PathLike) -> str:
+    """The absolute path; a URL as it is."""
+    return str(path) if "://" in str(path) else os.path.abspath(path)
 
 
 def read_coco(path: str | os.PathLike, title: str) -> dict:
@@ -38,9 +45,10 @@ def read_coco(path: str | os.PathLike, title: str) -> dict:
     Raises:
         ConfigError: it cannot be read, is no JSON, or not in COCO format; begins with ``title``.
     """
-    title = f"{title} '{os.path.abspath(path)}'"
+    title = f"{title} '{absolute(path)}'"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        with PathManager.open(path, "rb") as file:
+            content = json.load(file)
     except (ValueError, OSError) as error:
         raise ConfigError(
             f"{title} is not readable as JSON ({error}); it may be cut off: fetch or write it again"
@@ -59,14 +67,14 @@ def read_categories(path: str | os.PathLike, title: str) -> list[dict]:
     """The "id" and "name" of a COCO-format file's categories, in Detectron2's order of classes.
 
     Raises:
-        ConfigError: as :func:`read_coco`, or a category has no id or no name.
+        ConfigError: as :func:`read_coco`, or categories lack id or name, or mix types of ids.
     """
     categories = read_coco(path, title)["categories"]
     try:
         categories = [{"id": entry["id"], "name": entry["name"]} for entry in categories]
+        return sorted(categories, key=lambda entry: entry["id"])
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"{title} '{path}' has a category without id or name") from error
-    return sorted(categories, key=lambda entry: entry["id"])
+        raise ConfigError(f"{title} '{path}' has categories without sound id or name") from error
 
 
 def is_usable_box(box: Sequence[float], width: int, height: int) -> bool:

@@ -127,7 +127,7 @@ class ResumableLoader:
     """Endless batches; iterating starts at the iteration that :meth:`seek` named.
 
     Args:
-        dataset_dicts: images in Detectron2's format, each with "file_name", "width", "height".
+        dataset_dicts: images in Detectron2's format; those without a size are one group.
         mapper: turns a dataset dict into a model input, or None to have another image taken.
         make_sampler: builds, for a seed, this rank's sampler of indices into ``dataset_dicts``.
         total_batch_size: images of a batch on all ranks.
@@ -158,7 +158,7 @@ class ResumableLoader:
             )
         self._groups = [False] * len(self.dataset_dicts)
         if self.group_by_aspect_ratio:
-            self._groups = [record["width"] > record["height"] for record in self.dataset_dicts]
+            self._groups = [x.get("width", 0) > x.get("height", 0) for x in self.dataset_dicts]
         self.dataset_dicts = DatasetFromList(self.dataset_dicts, copy=False)
         self._iteration = 0
         self._corrupt: set[str] = set()

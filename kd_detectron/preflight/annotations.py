@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from kd_detectron.data.coco_format import is_usable_box, read_coco
+from kd_detectron.data.coco_format import absolute, is_usable_box, read_coco
 from kd_detectron.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,11 @@ def check_coco_files(
         max_corrupt_images: how many images of another size than annotated the training may skip.
     """
     name_in_messages = f"{key} '{name}'" if key else name
-    title = f"{name_in_messages}: '{os.path.abspath(json_file)}'"
+    title = f"{name_in_messages}: '{absolute(json_file)}'"
     for what, path in (("annotation file", json_file), ("image folder", image_dir)):
-        if not os.path.exists(path):
+        if not exists(path):
             raise ConfigError(
-                f"{name_in_messages}: {what} '{os.path.abspath(path)}' does not exist"
+                f"{name_in_messages}: {what} '{absolute(path)}' does not exist"
                 f" ({datasets_root()}); put it there, correct the path, or set DETECTRON2_DATASETS"
                 " to the folder that holds your datasets"
             )
@@ -85,6 +86,12 @@ def check_coco_files(
         rules = [*rules, ("num_keypoints", _number, "how many keypoints are labelled")]
     # Detectron2 makes the same exception for COCO 2014.
     _check_entries(title, "annotations", annotations, rules, unique="minival" not in json_file)
+    ids = [image["id"] for image in images] + [entry["image_id"] for entry in annotations]
+    if len({isinstance(image_id, str) for image_id in ids}) > 1:
+        raise ConfigError(
+            f"{title} has image ids that are numbers and others that are text; write all alike,"
+            " those of 'image_id' in the annotations too"
+        )
     files = [os.path.join(image_dir, image["file_name"]) for image in images]
     check_on_disk(name_in_messages, files)
     usable = _usable(title, content)
@@ -99,6 +106,8 @@ def check_coco_files(
         logger.warning("%s lists no annotations, so it cannot be used to compute AP", title)
     rules = _model_rules(mask_format, num_keypoints, for_training=for_training)
     _check_entries(title, "annotations", objects, rules, unique=False)
+    if mask_format is not None:
+        _check_rle_sizes(title, usable, images)
     step = 1 if for_test else -(-len(files) // MAX_TRAIN_HEADERS)
     allowed = 0 if for_test else max_corrupt_images
     _check_image_sizes(title, images[::step], files[::step], for_test=for_test, allowed=allowed)
@@ -106,16 +115,28 @@ def check_coco_files(
     return DatasetSummary(name, len(images), len(usable), tuple(c["name"] for c in categories))
 
 
+def exists(path: str) -> bool:
+    """Whether a path exists; True for a URL, of which only opening it tells."""
+    try:
+        return PathManager.exists(path)
+    except NotImplementedError:
+        return True
+
+
 def check_on_disk(title: str, file_names: Iterable[str]) -> None:
     """Refuses images that are missing, by one listing of each folder.
 
-    Looking at each file would take minutes on network disks.
+    Looking at each file would take minutes on network disks. Folders behind a URL have no listing.
     """
-    file_names, present = list(file_names), set()
+    file_names, present, unlisted = list(file_names), set(), set()
     for folder in {os.path.dirname(file_name) for file_name in file_names}:
-        if os.path.isdir(folder):
-            present.update(os.path.join(folder, base) for base in os.listdir(folder))
-    missing = [os.path.abspath(name) for name in file_names if name not in present]
+        try:
+            if PathManager.isdir(folder):
+                present.update(os.path.join(folder, base) for base in PathManager.ls(folder))
+        except NotImplementedError:
+            unlisted.add(folder)
+    absent = [name for name in file_names if name not in present]
+    missing = [absolute(name) for name in absent if os.path.dirname(name) not in unlisted]
     if missing:
         which = "all" if len(missing) == len(file_names) else f"{len(missing)} of"
         raise ConfigError(
@@ -181,6 +202,18 @@ def _model_rules(
     return rules
 
 
+def _check_rle_sizes(title: str, annotations: list, images: list) -> None:
+    """Refuses masks in RLE that are not of their image's size."""
+    sizes = {image["id"]: [image["height"], image["width"]] for image in images}
+    for entry in annotations:
+        mask, size = entry.get("segmentation"), sizes[entry["image_id"]]
+        if isinstance(mask, dict) and mask["size"] != size:
+            raise ConfigError(
+                f"{title}: the RLE mask of annotation {entry['id']} has the size {mask['size']} on"
+                f" an image of height and width {size}; write the mask in the size of its image"
+            )
+
+
 def _check_image_sizes(
     title: str, images: list, files: Sequence[str], *, for_test: bool, allowed: int
 ) -> None:
@@ -197,7 +230,7 @@ def _check_image_sizes(
         swapped = all(sizes[i] == annotated[i][::-1] for i in wrong)
         raise ConfigError(
             f"{title}: {len(wrong)} of {len(files)} images cannot be read or are not of the"
-            f" annotated size, the first '{os.path.abspath(files[first])}': annotated are width and"
+            f" annotated size, the first '{absolute(files[first])}': annotated are width and"
             f" height {annotated[first]}, the file has {sizes[first] or 'no readable header'};"
             f" {'exchange' if swapped else 'correct'} 'width' and 'height' in the annotation file,"
             " or fetch the images again"
@@ -207,7 +240,7 @@ def _check_image_sizes(
 def image_size(path: str) -> tuple[int, int] | None:
     """Width and height in which Detectron2 reads an image, by its header; None if unreadable."""
     try:
-        with Image.open(path) as image:
+        with Image.open(PathManager.get_local_path(path)) as image:
             turned = "exif" in image.info and image.getexif().get(_EXIF_ORIENTATION, 1) > 4
             return image.size[::-1] if turned else image.size
     except (OSError, ValueError, SyntaxError):
@@ -239,7 +272,7 @@ def _check_entries(
 def _is_mask(value) -> bool:
     """Whether Detectron2 can read it, which it does for models without masks too."""
     if isinstance(value, dict):
-        return "size" in value and "counts" in value
+        return isinstance(value.get("size"), list) and isinstance(value.get("counts"), (str, list))
     return not value or (isinstance(value, list) and all(isinstance(x, list) for x in value))
 
 
@@ -248,15 +281,15 @@ def _number(value) -> bool:
 
 
 def _text(value) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and value.strip() != ""
 
 
 IMAGE_ID = (lambda value: isinstance(value, (int, float, str)), "a whole number or text")
 PIXELS = (lambda value: _number(value) and value > 0, "a positive number of pixels")
-CATEGORY_RULES = [("id", _number, "a whole number"), ("name", _text, "text")]
+CATEGORY_RULES = [("id", _number, "a whole number"), ("name", _text, "text, not empty")]
 IMAGE_RULES = [
     ("id", *IMAGE_ID),
-    ("file_name", _text, "text"),
+    ("file_name", _text, "text, not empty"),
     ("width", *PIXELS),
     ("height", *PIXELS),
 ]

@@ -17,6 +17,7 @@ from kd_detectron.preflight.annotations import (
     check_coco_files,
     check_on_disk,
     datasets_root,
+    exists,
 )
 from kd_detectron.preflight.classes import check_class_order, check_dataset_classes
 
@@ -62,6 +63,8 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSumm
                 f"{did_you_mean(name, DatasetCatalog.keys())} (your own data is registered by"
                 " DATASETS.COCO_FORMAT)"
             )
+    for part in ("TRAIN", "TEST") if train else ("TEST",):
+        _check_proposal_files(cfg, part)
     summaries = {}
     for key, name in named:
         if name not in summaries:
@@ -70,11 +73,22 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> dict[str, DatasetSumm
     return summaries
 
 
+def _check_proposal_files(cfg: CfgNode, part: str) -> None:
+    count, files = len(cfg.DATASETS[part]), cfg.DATASETS[f"PROPOSAL_FILES_{part}"]
+    missing = [file for file in files if not exists(file)]
+    if cfg.MODEL.LOAD_PROPOSALS and count and (missing or len(files) != count):
+        raise ConfigError(
+            f"MODEL.LOAD_PROPOSALS is True and DATASETS.{part} names {count} datasets, but"
+            f" DATASETS.PROPOSAL_FILES_{part} names {len(files)} files, of which {missing} do not"
+            " exist; give one for each dataset, by its path from the working directory"
+        )
+
+
 def _check_dataset(cfg: CfgNode, key: str, name: str) -> DatasetSummary:
     metadata = MetadataCatalog.get(name)
     files = (metadata.get("json_file"), metadata.get("image_root"))
     if metadata.get("evaluator_type") != "coco" or not all(files):
-        return _check_dicts(key, name)
+        return _check_dicts(cfg, key, name)
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None
     # Without sigmas pycocotools takes those of COCO's 17 keypoints of a person.
     sigmas = len(cfg.TEST.KEYPOINT_OKS_SIGMAS) or 17
@@ -95,7 +109,7 @@ def _check_dataset(cfg: CfgNode, key: str, name: str) -> DatasetSummary:
     )
 
 
-def _check_dicts(key: str, name: str) -> DatasetSummary:
+def _check_dicts(cfg: CfgNode, key: str, name: str) -> DatasetSummary:
     """Checks what a user's own function, or one of Detectron2 for another format, returns."""
     try:
         dataset_dicts = DatasetCatalog.get(name)
@@ -103,5 +117,11 @@ def _check_dicts(key: str, name: str) -> DatasetSummary:
         raise ConfigError(f"{key} '{name}': {error} ({datasets_root()})") from error
     check_on_disk(f"{key} '{name}'", [record["file_name"] for record in dataset_dicts])
     count = sum(len(record.get("annotations", ())) for record in dataset_dicts)
-    classes = tuple(MetadataCatalog.get(name).get("thing_classes", ()))
+    metadata = MetadataCatalog.get(name)
+    classes = tuple(metadata.get("thing_classes", ()))
+    if name in cfg.DATASETS.TEST and metadata.get("evaluator_type") == "coco" and not classes:
+        raise ConfigError(
+            f"{key} '{name}' has the evaluator type 'coco' but no class names, which the evaluation"
+            f" reads; set MetadataCatalog.get('{name}').thing_classes in a file given to --import"
+        )
     return DatasetSummary(name, len(dataset_dicts), count, classes)

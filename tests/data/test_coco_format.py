@@ -24,6 +24,7 @@ def test_paths_are_relative_to_detectron2_datasets(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert resolve_path("cells/train.json") == str(tmp_path / "cells/train.json")
     assert resolve_path("/elsewhere/train.json") == "/elsewhere/train.json"
+    assert resolve_path("https://host/train.json") == "https://host/train.json"
     monkeypatch.delenv("DETECTRON2_DATASETS")
     assert resolve_path("cells/train.json") == "datasets/cells/train.json"
 

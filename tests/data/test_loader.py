@@ -1,5 +1,6 @@
 """The batch of iteration i is a function of seed, ranks and i, and of nothing else."""
 
+import dataclasses
 import logging
 import random
 from itertools import islice
@@ -104,6 +105,12 @@ def test_same_image_is_augmented_differently_at_another_position(build, make_coc
 def test_aspect_ratios_are_not_mixed_in_a_batch(build):
     for batch in batches(build(), 12):
         assert len({element["width"] > element["height"] for element in batch}) == 1
+
+
+def test_images_without_sizes_are_in_one_group(build):
+    loader = build()
+    records = [{"file_name": record["file_name"]} for record in loader.dataset_dicts]
+    assert dataclasses.replace(loader, dataset_dicts=records)._groups == [False] * 6
 
 
 def test_ranks_share_out_the_stream_of_one_process(build, monkeypatch):

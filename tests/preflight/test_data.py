@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
+from detectron2.utils.file_io import PathHandler, PathManager
 from PIL import Image
 
 from kd_detectron.errors import ConfigError
@@ -224,6 +225,11 @@ def test_rle_masks_need_the_bitmask_format(make_cfg, make_coco):
     refused(cfg, "INPUT.MASK_FORMAT is 'polygon'", "RLE with INPUT.MASK_FORMAT 'bitmask'")
     cfg.INPUT.MASK_FORMAT = "bitmask"
     assert check_datasets(cfg)["tiny"].annotations == 3
+    content["annotations"][0]["segmentation"]["size"] = [16, 24]
+    cfg = make_cfg(content)
+    assert check_datasets(cfg)["tiny"].annotations == 3
+    cfg.MODEL.MASK_ON, cfg.INPUT.MASK_FORMAT = True, "bitmask"
+    refused(cfg, "RLE mask of annotation 1 has the size [16, 24] on an image", "width [24, 16]")
 
 
 @pytest.fixture
@@ -293,9 +299,15 @@ def test_what_the_evaluation_reads_is_required_before_training(make_cfg, key, ma
         (lambda c: c["images"][0].update(height=0), "height 0; it must be a positive number"),
         (lambda c: c["images"][0].update(file_name=7), "file_name 7; it must be text"),
         (lambda c: c["images"][1].update(id=1), "several images have the same id (1)"),
+        (
+            lambda c: c["images"][1].update(id="a"),
+            "image ids that are numbers and others that are text",
+        ),
         (lambda c: c["categories"][0].update(name=3), "name 3; it must be text"),
+        (lambda c: c["categories"][0].update(name=" "), "name ' '; it must be text, not empty"),
         (lambda c: c["categories"][0].update(id="1"), "id '1'; it must be a whole number"),
         (lambda c: c["annotations"][1].update(id=1), "several annotations have the same id (1)"),
+        (lambda c: c["annotations"][1].update(image_id="2"), "those of 'image_id'"),
         (lambda c: c["annotations"][1].update(image_id=[2]), "image_id [2]; it must be"),
         (lambda c: c["annotations"][1].update(category_id="1"), "category_id '1'; it must be a"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "(id 2) has the bbox [1, 2, 3]"),
@@ -316,6 +328,7 @@ def test_malformed_entry_is_named(make_cfg, tmp_path, change, message, make_coco
     "mask",
     [
         *([1, 1, 5, 1, 5, 5], "1 1 5 1 5 5", {"size": [24, 16]}, {"counts": [10, 5, 369]}),
+        *({"size": [24, 16], "counts": 5}, {"size": None, "counts": [10, 5, 369]}),
     ],
 )
 def test_mask_that_detectron2_cannot_read_is_refused(make_cfg, make_coco, mask, masks):
@@ -394,6 +407,64 @@ def test_unreadable_image_of_the_test_set_is_refused_before_training(make_cfg, t
     refused(cfg, "1 of 6 images cannot be read", "2.png", "no readable header")
     cfg.DATASETS.TEST = ()
     assert check_datasets(cfg)["tiny"].images == 6
+
+
+def test_missing_proposal_file_is_refused(make_cfg, tmp_path):
+    cfg = make_cfg()
+    cfg.MODEL.LOAD_PROPOSALS = True
+    refused(cfg, "DATASETS.TRAIN names 1 datasets", "DATASETS.PROPOSAL_FILES_TRAIN names 0 files")
+    there = str(tmp_path / "proposals.pkl")
+    Path(there).touch()
+    cfg.DATASETS.PROPOSAL_FILES_TRAIN = (there,)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (there + "x",)
+    refused(cfg, "PROPOSAL_FILES_TEST names 1 files", f"['{there}x'] do not exist")
+    refused(cfg, "PROPOSAL_FILES_TEST names 1 files", train=False)
+    cfg.DATASETS.PROPOSAL_FILES_TEST = (there,)
+    assert check_datasets(cfg)["tiny"].images == 6
+
+
+def test_dicts_of_a_users_own_function_are_evaluated_as_coco_without_a_json_file(
+    make_cfg, tmp_path
+):
+    file_name = str(tmp_path / "tiny" / "images" / "0.png")
+    cfg = make_cfg()
+    DatasetCatalog.register("own", lambda: [{"file_name": file_name, "annotations": [{}]}])
+    MetadataCatalog.get("own").evaluator_type = "coco"
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("own",)
+    refused(cfg, "DATASETS.TRAIN 'own'", "no class names", ".thing_classes")
+    MetadataCatalog.get("own").thing_classes = ["cat", "dog"]
+    assert check_datasets(cfg)["own"].classes == ("cat", "dog")
+
+
+class DownloadOnly(PathHandler):
+    """A source that opens files and, as a web server, lists and tests none."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def _get_supported_prefixes(self):
+        return ["source://"]
+
+    def _get_local_path(self, path, **kwargs):
+        return str(self.folder / path.removeprefix("source://"))
+
+    def _open(self, path, mode="r", **kwargs):
+        return open(self._get_local_path(path), mode)
+
+
+def test_files_may_be_of_any_source_that_detectron2_opens(make_cfg, tmp_path):
+    cfg = make_cfg()
+    PathManager.register_handler(DownloadOnly(tmp_path / "tiny"), allow_override=True)
+    cfg.DATASETS.COCO_FORMAT = [["tiny", "source://annotations.json", "source://images"]]
+    assert check_datasets(cfg)["tiny"].images == 6
+    (record, *_) = DatasetCatalog.get("tiny")
+    assert record["file_name"].startswith("source://images/")
+    assert read_image(record["file_name"]).shape == (record["height"], record["width"], 3)
+    (tmp_path / "tiny" / "images" / "2.png").unlink()
+    refused(cfg, "1 of 6 images cannot be read", "'source://images/2.png'")
+    (tmp_path / "tiny" / "annotations.json").unlink()
+    refused(cfg, "'source://annotations.json' is not readable as JSON")
 
 
 def test_dataset_of_a_users_own_function_is_checked_too(make_cfg, tmp_path):
