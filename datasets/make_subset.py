@@ -29,12 +29,8 @@ def make_subset(
 ) -> None:
     """Writes ``target``: the COCO-format file ``source`` with ``images`` of its images.
 
-    Args:
-        source: a COCO-format annotation file.
-        target: the file to write.
-        images: how many images to draw.
-        rest: the file to write with the images that were not drawn, if any.
-        seed: of the draw.
+    ``rest`` is the file to write with the images that were not drawn, if any; ``seed`` that of the
+    draw.
 
     Raises:
         ConfigError: ``source`` is not COCO-format, has fewer images (with ``rest`` at least one

@@ -3,8 +3,8 @@
 import argparse
 import sys
 
+from kd_detectron.commands import exit_code
 from kd_detectron.data.synthetic import make_synthetic
-from kd_detectron.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -17,19 +17,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    try:
+
+    def work() -> None:
+        size = tuple(options.image_size)
         folder = make_synthetic(
-            options.out_dir,
-            options.num_train,
-            options.num_val,
-            image_size=tuple(options.image_size),
-            seed=options.seed,
+            options.out_dir, options.num_train, options.num_val, image_size=size, seed=options.seed
         )
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{folder}: {options.num_train} training and {options.num_val} validation images")
-    return 0
+        print(f"{folder}: {options.num_train} training and {options.num_val} validation images")
+
+    return exit_code(work)
 
 
 if __name__ == "__main__":

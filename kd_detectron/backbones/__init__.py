@@ -6,12 +6,9 @@
 """
 
 from kd_detectron.backbones.config import BACKBONE_NODES, add_backbone_config
-from kd_detectron.backbones.mobilenetv2 import MobileNetV2, build_mobilenetv2_fpn_backbone
-from kd_detectron.backbones.timm_fpn import TimmBackbone, build_timm_fpn_backbone
-from kd_detectron.backbones.torchvision_fpn import (
-    TorchvisionBackbone,
-    build_torchvision_fpn_backbone,
-)
+from kd_detectron.backbones.mobilenetv2 import MobileNetV2
+from kd_detectron.backbones.timm_fpn import TimmBackbone
+from kd_detectron.backbones.torchvision_fpn import TorchvisionBackbone
 
 __all__ = [
     "BACKBONE_NODES",
@@ -19,7 +16,4 @@ __all__ = [
     "TimmBackbone",
     "TorchvisionBackbone",
     "add_backbone_config",
-    "build_mobilenetv2_fpn_backbone",
-    "build_timm_fpn_backbone",
-    "build_torchvision_fpn_backbone",
 ]

@@ -3,12 +3,9 @@
 from detectron2.config import CfgNode
 
 BACKBONE_NODES = {
-    "build_mobilenetv2_fpn_backbone": "MOBILENETV2",
-    "build_retinanet_mobilenetv2_fpn_backbone": "MOBILENETV2",
-    "build_timm_fpn_backbone": "TIMM",
-    "build_retinanet_timm_fpn_backbone": "TIMM",
-    "build_torchvision_fpn_backbone": "TORCHVISION",
-    "build_retinanet_torchvision_fpn_backbone": "TORCHVISION",
+    f"build_{kind}{node.lower()}_fpn_backbone": node
+    for node in ("MOBILENETV2", "TIMM", "TORCHVISION")
+    for kind in ("", "retinanet_")
 }
 """The node under ``MODEL`` of each ``MODEL.BACKBONE.NAME`` that this project adds."""
 

@@ -5,9 +5,6 @@ and 32: 24, 32, 96 and 320 channels at width 1, named "res2".."res5" as Detectro
 torchvision's last 1x1 convolution to 1280 channels and its classifier are left out. The layers keep
 torchvision's names (``features.<index>``), so that ``MODEL.WEIGHTS: torchvision://mobilenet_v2``
 loads as it is; images are then to be RGB with torchvision's mean and std.
-
-Images (N, 3, H, W), features (N, C, H/stride, W/stride). Test against torchvision's own network:
-``test_converted_mobilenetv2_gives_torchvision_activations``.
 """
 
 from collections.abc import Sequence
@@ -16,24 +13,15 @@ from functools import partial
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec, get_norm
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN, Backbone
+from detectron2.layers import FrozenBatchNorm2d, get_norm
 
-from kd_detectron.backbones.pyramid import (
-    STAGE_STRIDES,
-    build_pyramid,
-    check_norm,
-    check_three_channels,
-    pyramid_stages,
-)
-from kd_detectron.errors import ConfigError
+from kd_detectron.backbones.pyramid import StageBackbone, register_builders
 
 # Index of the last block of each stage in torchvision's ``features``; "stem" has stride 2.
 _LAST_BLOCKS = {"stem": 1, "res2": 3, "res3": 6, "res4": 13, "res5": 17}
 
 
-class MobileNetV2(Backbone):
+class MobileNetV2(StageBackbone):
     """torchvision's MobileNetV2 as a Detectron2 backbone."""
 
     def __init__(
@@ -52,64 +40,41 @@ class MobileNetV2(Backbone):
             freeze_at: stages to freeze, counted as for ResNet: 1 the layers before stride 4,
                 2 also res2, ... 5 everything.
         """
-        super().__init__()
-        check_norm(norm)
-        if not 0 < width_mult < float("inf"):
-            raise ConfigError(
-                f"MODEL.MOBILENETV2.WIDTH_MULT is {width_mult}: set it to a positive number, 1.0"
-                " for the network that torchvision has weights for"
-            )
+        super().__init__(norm)
         network = torchvision.models.mobilenet_v2(
             weights=None, width_mult=width_mult, norm_layer=partial(get_norm, norm)
         )
         last = max(_LAST_BLOCKS[stage] for stage in out_features)
         self.features = network.features[: last + 1]
-        self._stage_of_block = {_LAST_BLOCKS[stage]: stage for stage in out_features}
-        self._out_features = list(out_features)
-        self._out_feature_strides = {stage: STAGE_STRIDES[stage] for stage in out_features}
-        self._out_feature_channels = {
-            stage: self.features[_LAST_BLOCKS[stage]].out_channels for stage in out_features
-        }
+        self._set_outputs(
+            {stage: self.features[_LAST_BLOCKS[stage]].out_channels for stage in out_features}
+        )
         self.freeze(freeze_at)
 
     def freeze(self, freeze_at: int) -> None:
         """Freezes the first stages: no gradients, and BatchNorm becomes FrozenBatchNorm."""
-        frozen = list(_LAST_BLOCKS)[:freeze_at]
-        for index in range(_LAST_BLOCKS[frozen[-1]] + 1 if frozen else 0):
-            if index < len(self.features):
-                block = FrozenBatchNorm2d.convert_frozen_batchnorm(self.features[index])
-                block.requires_grad_(False)
+        frozen = list(_LAST_BLOCKS.values())[:freeze_at]
+        for block in self.features[: frozen[-1] + 1 if frozen else 0]:
+            FrozenBatchNorm2d.convert_frozen_batchnorm(block).requires_grad_(False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps images (N, 3, H, W) to the features of each stage, by its name."""
-        outputs = {}
-        features = images
+        outputs, features = {}, images
         for index, block in enumerate(self.features):
             features = block(features)
-            if index in self._stage_of_block:
-                outputs[self._stage_of_block[index]] = features
+            for stage in self._out_features:
+                if index == _LAST_BLOCKS[stage]:
+                    outputs[stage] = features
         return outputs
 
 
-def _build(cfg: CfgNode, *, retinanet: bool) -> FPN:
-    check_three_channels(cfg)
-    stages = pyramid_stages(cfg)
-    bottom_up = MobileNetV2(
+def _network(cfg: CfgNode, stages: Sequence[str]) -> MobileNetV2:
+    return MobileNetV2(
         width_mult=cfg.MODEL.MOBILENETV2.WIDTH_MULT,
         norm=cfg.MODEL.RESNETS.NORM,
         out_features=stages,
         freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT,
     )
-    return build_pyramid(cfg, bottom_up, stages=stages, retinanet=retinanet)
 
 
-@BACKBONE_REGISTRY.register()
-def build_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds MobileNetV2 with an FPN from ``MODEL.MOBILENETV2``, ``RESNETS.NORM`` and ``FPN``."""
-    return _build(cfg, retinanet=False)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_mobilenetv2_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return _build(cfg, retinanet=True)
+register_builders("mobilenetv2", _network)

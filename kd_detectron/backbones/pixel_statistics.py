@@ -50,9 +50,5 @@ def warn_of_pretrained_statistics(
         if expected and not near(expected, own, PRETRAINED_TOLERANCE):
             logger.warning(
                 "%s was trained with MODEL.PIXEL_%s %s (for INPUT.FORMAT %s), but it is %s",
-                source,
-                key,
-                rounded(expected),
-                input_format,
-                rounded(own),
+                *(source, key, rounded(expected), input_format, rounded(own)),
             )

@@ -1,15 +1,16 @@
-"""Shared by the backbones of other libraries: stages by stride, and Detectron2's FPN on them.
+"""Shared by the backbones: stages by stride, and Detectron2's FPN on them.
 
-A :class:`NetworkBackbone` names its outputs "res2".."res5" as Detectron2 names a ResNet's. Features
-are (N, C, H/stride, W/stride).
+Outputs are named "res2".."res5" as Detectron2 names a ResNet's. Features are
+(N, C, H/stride, W/stride).
 """
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from torch import nn
@@ -24,16 +25,16 @@ BATCH_NORMS = ("FrozenBN", "BN", "SyncBN")
 and whose channel numbers GroupNorm does not divide."""
 
 
-class NetworkBackbone(Backbone):
-    """Base of the backbones that hold a network of another library.
+class StageBackbone(Backbone):
+    """A backbone whose outputs are stages; ``norm`` is ``MODEL.RESNETS.NORM``."""
 
-    Class attributes:
-        name_key: config key that names the network.
-        examples: two convolutional networks of the library, for messages.
-    """
-
-    name_key: ClassVar[str]
-    examples: ClassVar[str]
+    def __init__(self, norm: str):
+        super().__init__()
+        if norm not in BATCH_NORMS:
+            raise ConfigError(
+                f"MODEL.RESNETS.NORM is '{norm}', which this backbone does not have"
+                f"{did_you_mean(norm, BATCH_NORMS)}"
+            )
 
     def _set_outputs(self, channels: Mapping[str, int]) -> None:
         """Says what ``forward`` returns: channels of each stage, fine to coarse."""
@@ -41,24 +42,28 @@ class NetworkBackbone(Backbone):
         self._out_feature_strides = {stage: STAGE_STRIDES[stage] for stage in channels}
         self._out_feature_channels = dict(channels)
 
-    def _check_stages(self, name: str, stages: Sequence[str], strides: Collection[int]) -> None:
-        """Refuses a network that has no map at the stride of a stage."""
-        missing = [stage for stage in stages if STAGE_STRIDES[stage] not in strides]
-        if missing:
-            raise ConfigError(
-                f"{self.name_key} '{name}' has feature maps of exactly 1/stride of the image at"
-                f" strides {sorted(strides)} but MODEL.FPN.IN_FEATURES asks for {missing} (strides"
-                f" {[STAGE_STRIDES[stage] for stage in missing]}): name another network, or leave"
-                " these out of IN_FEATURES"
-            )
 
-    @contextlib.contextmanager
-    def _trial(self, network: nn.Module, name: str) -> Iterator[None]:
-        """Runs a blank image through a network, for which one image size may be the only one."""
-        network.eval()  # one blank image must not move BatchNorm statistics
+class NetworkBackbone(StageBackbone):
+    """Base of the backbones that hold a network of another library."""
+
+    name_key: ClassVar[str]  # config key that names the network
+    examples: ClassVar[str]  # two convolutional networks of the library, for messages
+
+    def _maps(self, network: nn.Module, images: torch.Tensor) -> Iterable[tuple[object, object]]:
+        """Runs a network; its outputs that may be a stage's, in order, each behind its key."""
+        raise NotImplementedError
+
+    def _find_stages(self, network: nn.Module, name: str, stages: Sequence[str]) -> dict:
+        """The key of each stage's output: the last at its stride, for a small blank image.
+
+        Raises:
+            ConfigError: the network is for one image size, or has no map at one of the strides.
+        """
+        height, width = 128, 192  # differ, so that channels-last maps are not taken for others
+        network.eval()  # a blank image must not move BatchNorm statistics
         try:
             with torch.no_grad():
-                yield
+                maps = list(self._maps(network, torch.zeros(1, 3, height, width)))
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(
@@ -66,29 +71,26 @@ class NetworkBackbone(Backbone):
                 f" convolutional network, such as {self.examples}"
             ) from error
         network.train()
-
-
-def check_norm(norm: str) -> None:
-    """Raises ConfigError for another ``MODEL.RESNETS.NORM`` than :data:`BATCH_NORMS`."""
-    if norm not in BATCH_NORMS:
-        raise ConfigError(
-            f"MODEL.RESNETS.NORM is '{norm}', which this backbone does not have"
-            f"{did_you_mean(norm, BATCH_NORMS)}"
-        )
-
-
-def check_three_channels(cfg: CfgNode) -> None:
-    """Raises ConfigError where ``MODEL.PIXEL_MEAN`` says other images than of 3 channels."""
-    if len(cfg.MODEL.PIXEL_MEAN) != 3:
-        raise ConfigError(
-            f"MODEL.PIXEL_MEAN has {len(cfg.MODEL.PIXEL_MEAN)} values and MODEL.BACKBONE.NAME "
-            f"'{cfg.MODEL.BACKBONE.NAME}' takes images of 3 channels: give it three, or use "
-            "another backbone"
-        )
+        found = {}
+        for key, output in maps:
+            for stage, stride in STAGE_STRIDES.items():
+                if tuple(output.shape[2:]) == (height // stride, width // stride):
+                    found[stage] = key, output.shape[1]
+        missing = [stage for stage in stages if stage not in found]
+        if missing:
+            raise ConfigError(
+                f"{self.name_key} '{name}' has feature maps of exactly 1/stride of the image at"
+                f" strides {[STAGE_STRIDES[stage] for stage in sorted(found)]} but"
+                f" MODEL.FPN.IN_FEATURES asks for {missing} (strides"
+                f" {[STAGE_STRIDES[stage] for stage in missing]}): name another network, or leave"
+                " these out of IN_FEATURES"
+            )
+        self._set_outputs({stage: found[stage][1] for stage in stages})
+        return {stage: found[stage][0] for stage in stages}
 
 
 def check_not_frozen(cfg: CfgNode) -> None:
-    """Raises ConfigError for stages to freeze in a network whose stages are not known."""
+    """Refuses a ``MODEL.BACKBONE.FREEZE_AT`` for a network of unknown stages."""
     if cfg.MODEL.BACKBONE.FREEZE_AT != 0:
         raise ConfigError(
             f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}, which has no meaning for"
@@ -97,50 +99,37 @@ def check_not_frozen(cfg: CfgNode) -> None:
         )
 
 
-def pyramid_stages(cfg: CfgNode) -> list[str]:
-    """Returns ``MODEL.FPN.IN_FEATURES``, checked.
+def register_builders(network: str, build: Callable[[CfgNode, list[str]], StageBackbone]) -> None:
+    """Registers ``build_<network>_fpn_backbone`` and ``build_retinanet_<network>_fpn_backbone``.
+
+    The second has RetinaNet's p6 and p7 in place of a pooled p5; its ``MODEL.FPN.IN_FEATURES``
+    starts at res3. ``build`` builds the network, given the stages that the FPN reads.
+    """
+    for name, retinanet in ((network, False), (f"retinanet_{network}", True)):
+
+        def builder(cfg: CfgNode, input_shape: ShapeSpec, retinanet: bool = retinanet) -> FPN:
+            return build_pyramid(cfg, build, retinanet=retinanet)
+
+        builder.__name__ = f"build_{name}_fpn_backbone"
+        BACKBONE_REGISTRY.register(builder)
+
+
+def build_pyramid(
+    cfg: CfgNode, build: Callable[[CfgNode, list[str]], StageBackbone], *, retinanet: bool
+) -> FPN:
+    """Builds Detectron2's FPN as its ResNet builders do: p2..p6, or p3..p7 for RetinaNet.
 
     Raises:
-        ConfigError: it is empty or names something else than res2 to res5.
+        ConfigError: ``MODEL.FPN.IN_FEATURES`` names something else than res2 to res5.
     """
-    stages = list(cfg.MODEL.FPN.IN_FEATURES)
-    if not stages:
-        raise ConfigError(
-            "MODEL.FPN.IN_FEATURES is empty: set it to the stages that the FPN reads, such as"
-            " ['res2', 'res3', 'res4', 'res5']"
-        )
+    stages, channels = list(cfg.MODEL.FPN.IN_FEATURES), cfg.MODEL.FPN.OUT_CHANNELS
     for stage in stages:
         if stage not in STAGE_STRIDES:
             raise ConfigError(
                 f"MODEL.FPN.IN_FEATURES names '{stage}', which this backbone does not have"
                 f"{did_you_mean(stage, STAGE_STRIDES)}"
             )
-    return stages
-
-
-def build_network_pyramid(
-    cfg: CfgNode, build: Callable[[list[str]], NetworkBackbone], *, retinanet: bool
-) -> FPN:
-    """Builds a network of another library, given the stages that the FPN reads, and its FPN."""
-    check_three_channels(cfg)
-    check_not_frozen(cfg)
-    stages = pyramid_stages(cfg)
-    return build_pyramid(cfg, build(stages), stages=stages, retinanet=retinanet)
-
-
-def build_pyramid(
-    cfg: CfgNode, bottom_up: Backbone, *, stages: Sequence[str], retinanet: bool = False
-) -> FPN:
-    """Builds Detectron2's FPN as its ResNet builders do: p2..p6, or p3..p7 for RetinaNet.
-
-    Args:
-        cfg: the config; ``MODEL.FPN`` is read.
-        bottom_up: the network.
-        stages: names of the network's outputs that the FPN reads, fine to coarse.
-        retinanet: whether p6 and p7 are convolutions on the network's last output, as RetinaNet
-            has them, instead of a pooled p5.
-    """
-    channels = cfg.MODEL.FPN.OUT_CHANNELS
+    bottom_up = build(cfg, stages)
     if retinanet:
         last = stages[-1]
         top_block = LastLevelP6P7(bottom_up.output_shape()[last].channels, channels, last)

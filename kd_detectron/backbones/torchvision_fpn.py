@@ -2,42 +2,27 @@
 
 ``MODEL.TORCHVISION.NAME`` is a name of ``torchvision.models.list_models()`` whose network takes
 images of any size and has feature maps at the strides that ``MODEL.FPN.IN_FEATURES`` asks for
-(res2: 4, res3: 8, res4: 16, res5: 32). Which of its blocks give them is found by running it once on
-a small blank image: the last block at each stride. torchvision's own ``create_feature_extractor``
-then cuts the network there, so that what comes after, the classifier, is gone.
+(res2: 4, res3: 8, res4: 16, res5: 32): the outputs of the last block at each stride. torchvision's
+own ``create_feature_extractor`` cuts the network there, so that the classifier is gone.
 
-Images (N, 3, H, W), features (N, C, H/stride, W/stride). The layers keep torchvision's names, below
-``net.``: ``MODEL.WEIGHTS: torchvision://efficientnet_b0``, or a file of torchvision's, loads
-(:mod:`kd_detectron.checkpoint.torchvision_weights`). ``MODEL.RESNETS.NORM`` holds here too:
-"FrozenBN" freezes the network's BatchNorm layers, "BN" trains them, "SyncBN" does so over all GPUs.
-``MODEL.BACKBONE.FREEZE_AT`` has no common meaning for torchvision's networks and must be 0. Tests:
-``tests/backbones/test_torchvision_fpn.py``.
+The layers keep torchvision's names, below ``net.``: ``MODEL.WEIGHTS:
+torchvision://efficientnet_b0``, or a file of torchvision's, loads
+(:mod:`kd_detectron.checkpoint.torchvision_weights`). ``MODEL.RESNETS.NORM`` says what becomes of
+the network's BatchNorm layers.
 """
 
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 import torchvision
 from detectron2.config import CfgNode
-from detectron2.layers import FrozenBatchNorm2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import FPN
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from kd_detectron.backbones.pyramid import (
-    STAGE_STRIDES,
-    NetworkBackbone,
-    build_network_pyramid,
-    check_norm,
-)
+from kd_detectron.backbones.pyramid import NetworkBackbone, check_not_frozen, register_builders
 from kd_detectron.errors import ConfigError, did_you_mean
-
-# A blank image on which feature maps are found: every map's two sides differ, so that channels-last
-# maps are not taken for others.
-_IMAGE_SIZE = (128, 192)
 
 
 class TorchvisionBackbone(NetworkBackbone):
@@ -62,46 +47,50 @@ class TorchvisionBackbone(NetworkBackbone):
         """
         Args:
             name: torchvision's name of the network.
-            norm: what becomes of its BatchNorm layers: "FrozenBN", "BN" or "SyncBN".
+            norm: "FrozenBN", "BN" or "SyncBN".
             out_features: the stages to return, of "res2".."res5".
 
         Raises:
             ConfigError: torchvision has no such network, it is for one image size, or it has no
                 feature maps at the strides asked for.
         """
-        super().__init__()
-        check_norm(norm)
+        super().__init__(norm)
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            raise ConfigError(
+                f"MODEL.TORCHVISION.NAME '{name}' is no classification network of torchvision "
+                f"{torchvision.__version__}{did_you_mean(name, known)}"
+            )
         self.torchvision_name = name
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # GoogLeNet's and Inception's on their initialisation
-            network = _create(name)
+            network = torchvision.models.get_model(name, weights=None)
             self.tensor_names = frozenset(network.state_dict())
-            with self._trial(network, name):
-                found = _last_blocks(network)
-            self._check_stages(name, out_features, found)
-            blocks = {found[STAGE_STRIDES[stage]][0]: stage for stage in out_features}
+            blocks = self._find_stages(network, name, out_features)
             self.net = create_feature_extractor(
-                network, return_nodes=blocks, suppress_diff_warning=True
+                network,
+                return_nodes={block: stage for stage, block in blocks.items()},
+                suppress_diff_warning=True,
             )
         if norm == "FrozenBN":
             self.net = FrozenBatchNorm2d.convert_frozen_batchnorm(self.net)
         elif norm == "SyncBN":
             self.net = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
-        self._set_outputs({stage: found[STAGE_STRIDES[stage]][1] for stage in out_features})
+
+    def _maps(self, network: nn.Module, images: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        found = []
+        handles = [
+            block.register_forward_hook(lambda *args, path=path: found.append((path, args[-1])))
+            for path, block in _blocks(network)
+        ]
+        network(images)
+        for handle in handles:
+            handle.remove()
+        return [(path, output) for path, output in found if isinstance(output, torch.Tensor)]
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Maps images (N, 3, H, W) to the features of each stage, by its name."""
         return self.net(images)
-
-
-def _create(name: str) -> nn.Module:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ConfigError(
-            f"MODEL.TORCHVISION.NAME '{name}' is no classification network of torchvision "
-            f"{torchvision.__version__}{did_you_mean(name, known)}"
-        )
-    return torchvision.models.get_model(name, weights=None)
 
 
 def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -118,41 +107,10 @@ def _blocks(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
             yield f"{path}{name}", child
 
 
-def _last_blocks(network: nn.Module) -> dict[int, tuple[str, int]]:
-    """Runs a network on a blank image; the last block at each stride with its channels."""
-    found: dict[int, tuple[str, int]] = {}
-    height, width = _IMAGE_SIZE
-
-    def note(path: str, output) -> None:
-        for stride in STAGE_STRIDES.values():
-            size = (height // stride, width // stride)
-            if isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2:] == size:
-                found[stride] = (path, output.shape[1])
-
-    handles = [
-        block.register_forward_hook(lambda module, args, output, path=path: note(path, output))
-        for path, block in _blocks(network)
-    ]
-    try:
-        network(torch.zeros(1, 3, height, width))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _network(cfg: CfgNode, stages: Sequence[str]) -> TorchvisionBackbone:
+    check_not_frozen(cfg)
     name, norm = cfg.MODEL.TORCHVISION.NAME, cfg.MODEL.RESNETS.NORM
     return TorchvisionBackbone(name, norm=norm, out_features=stages)
 
 
-@BACKBONE_REGISTRY.register()
-def build_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Builds a torchvision network with an FPN from ``MODEL.TORCHVISION``, ``FPN`` and the norm."""
-    return build_network_pyramid(cfg, partial(_network, cfg), retinanet=False)
-
-
-@BACKBONE_REGISTRY.register()
-def build_retinanet_torchvision_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """The same with RetinaNet's p6 and p7; ``MODEL.FPN.IN_FEATURES`` starts at res3."""
-    return build_network_pyramid(cfg, partial(_network, cfg), retinanet=True)
+register_builders("torchvision", _network)

@@ -2,24 +2,24 @@
 
 ``DATASETS.COCO_FORMAT: [["name", "annotations.json", "image_dir"], ...]`` gives Detectron2 datasets
 that ``DATASETS.TRAIN`` and ``DATASETS.TEST`` can name. Paths are relative to the environment
-variable ``DETECTRON2_DATASETS`` (default ``datasets``), as for Detectron2's builtin datasets;
-absolute paths stay as they are.
+variable ``DETECTRON2_DATASETS`` (default ``datasets``), as for Detectron2's builtin datasets.
 
 The one difference from ``register_coco_instances``: boxes that no detector can learn (no area, or
 wholly outside their image) are dropped where the annotations are loaded, because one of them can
-turn a loss into NaN. ``tests/data/test_coco_format.py`` pins it. Builtin datasets are left alone.
+turn a loss into NaN. Builtin datasets are left alone.
 """
 
 import functools
+import json
 import logging
 import math
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.utils.file_io import PathManager
 
 from kd_detectron.errors import ConfigError
 
@@ -27,49 +27,77 @@ logger = logging.getLogger(__name__)
 
 
 def resolve_path(path: str) -> str:
-    """Returns ``path`` below ``DETECTRON2_DATASETS``; an absolute path, or a URL, as it is."""
-    path = os.path.expanduser(path)
+    """Returns ``path`` below ``DETECTRON2_DATASETS``; an absolute path or a URL as it is."""
     if "://" in path:
         return path
-    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    return os.path.join(root, path)
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    return os.path.join(os.path.expanduser(root), os.path.expanduser(path))
 
 
-def box_fault(box: Sequence[float], width: int, height: int) -> str | None:
-    """Says what is wrong with a box, if anything.
+def absolute(path: str | os.PathLike) -> str:
+    """The absolute path; a URL as it is."""
+    return str(path) if "://" in str(path) else os.path.abspath(path)
+
+
+def read_coco(path: str | os.PathLike, title: str) -> dict:
+    """Reads a COCO-format file; its "images", "annotations", "categories" are lists, if empty.
+
+    Raises:
+        ConfigError: it cannot be read, is no JSON, or not in COCO format; begins with ``title``.
+    """
+    title = f"{title} '{absolute(path)}'"
+    try:
+        with PathManager.open(path, "rb") as file:
+            content = json.load(file)
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{title} is not readable as JSON ({error}); it may be cut off: fetch or write it again"
+        ) from error
+    parts = {"images": [], "annotations": [], "categories": []}
+    content = parts | content if isinstance(content, dict) else {}
+    if not content or not all(isinstance(content[part], list) for part in parts):
+        raise ConfigError(
+            f"{title} is not in COCO format; it must hold"
+            ' {"images": [...], "annotations": [...], "categories": [...]}'
+        )
+    return content
+
+
+def read_categories(path: str | os.PathLike, title: str) -> list[dict]:
+    """The "id" and "name" of a COCO-format file's categories, in Detectron2's order of classes.
+
+    Raises:
+        ConfigError: as :func:`read_coco`, or categories lack id or name, or mix types of ids.
+    """
+    categories = read_coco(path, title)["categories"]
+    try:
+        categories = [{"id": entry["id"], "name": entry["name"]} for entry in categories]
+        return sorted(categories, key=lambda entry: entry["id"])
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{title} '{path}' has categories without sound id or name") from error
+
+
+def is_usable_box(box: Sequence[float], width: int, height: int) -> bool:
+    """Whether a box has an area and a pixel inside its image; Detectron2 clips what is outside.
 
     Args:
         box: x, y, width, height in pixels, as in a COCO file.
         width, height: size of its image in pixels.
-
-    Returns:
-        "empty" for a width or height that is not a positive number, "outside" for a box without a
-        pixel inside the image, None for a usable box. Boxes partly outside are usable: Detectron2
-        clips them.
     """
     x, y, w, h = box
-    if not (0 < w < math.inf and 0 < h < math.inf):
-        return "empty"
-    # Written so that a NaN coordinate counts as outside.
-    if not (x < width and y < height and x + w > 0 and y + h > 0):
-        return "outside"
-    return None
+    # Each comparison is False for NaN.
+    return 0 < w < math.inf and 0 < h < math.inf and -w < x < width and -h < y < height
 
 
 def register_coco_format(cfg: CfgNode) -> None:
-    """Registers the datasets of ``DATASETS.COCO_FORMAT`` with Detectron2 (evaluator "coco").
-
-    No file is opened. Registering a name again with the same files does nothing.
+    """Registers the datasets of ``DATASETS.COCO_FORMAT`` with Detectron2; opens no file.
 
     Raises:
         ConfigError: an entry is not three strings, or its name is taken by other files.
     """
     for entry in cfg.DATASETS.COCO_FORMAT:
-        if not (
-            isinstance(entry, (list, tuple))
-            and len(entry) == 3
-            and all(isinstance(part, str) and part for part in entry)
-        ):
+        parts = entry if isinstance(entry, (list, tuple)) else ()
+        if len(parts) != 3 or not all(isinstance(part, str) and part for part in parts):
             raise ConfigError(
                 f"DATASETS.COCO_FORMAT has the entry {entry!r}; each entry must be a list of three"
                 ' strings, ["name", "annotations.json", "image_dir"]'
@@ -94,18 +122,14 @@ def _register(name: str, json_file: str, image_dir: str) -> None:
 
 
 def _load_without_bad_boxes(name: str, load: Callable[[], list[dict]]) -> list[dict]:
-    dataset_dicts, faults = load(), Counter()
+    dataset_dicts, dropped = load(), 0
     for record in dataset_dicts:
-        kept = []
-        for annotation in record["annotations"]:
-            fault = box_fault(annotation["bbox"], record["width"], record["height"])
-            faults[fault] += 1
-            if fault is None:
-                kept.append(annotation)
-        record["annotations"] = kept
-    if faults["empty"] or faults["outside"]:
+        size = record["width"], record["height"]
+        usable = [x for x in record["annotations"] if is_usable_box(x["bbox"], *size)]
+        dropped += len(record["annotations"]) - len(usable)
+        record["annotations"] = usable
+    if dropped:
         logger.warning(
-            "Dataset '%s': dropped %d boxes without area and %d boxes outside their image",
-            *(name, faults["empty"], faults["outside"]),
+            "Dataset '%s': dropped %d boxes without area or outside their image", name, dropped
         )
     return dataset_dicts

@@ -1,7 +1,6 @@
 """A training loader whose batch of iteration i depends on nothing but seed, ranks and i.
 
-With Detectron2's loader a resumed run sees other images, and other augmentations, than an
-uninterrupted one. Here:
+With Detectron2's loader a resumed run sees other images than an uninterrupted one. Here:
 
 1. Detectron2's own sampler gives the endless stream of dataset indices; every element has a
    position in it, the same for any number of processes. Rank r of W takes positions r, r+W, ...
@@ -10,13 +9,12 @@ uninterrupted one. Here:
 3. A worker maps the element at a position with Python's, numpy's and torch's random states seeded
    from (seed, position), and puts the previous states back.
 
-An element that cannot be used is replaced by a choice that also depends on (seed, position) only.
-``tests/data/test_loader.py`` pins all of it.
+An element that cannot be used is replaced by the next image of the dataset.
 """
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -34,7 +32,6 @@ from detectron2.data.build import trivial_batch_collator
 from detectron2.data.detection_utils import SizeMismatchError, read_image
 from detectron2.data.samplers import RepeatFactorTrainingSampler, TrainingSampler
 from detectron2.utils import comm
-from detectron2.utils.registry import locate
 from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -50,34 +47,25 @@ def build_train_loader(
     """Builds the training loader of a config.
 
     Args:
-        cfg: a whole config; reads ``DATASETS``, ``DATALOADER`` and ``SOLVER.IMS_PER_BATCH`` as
-            Detectron2's own loader does, and ``DATALOADER.MAX_CORRUPT_IMAGES``.
+        cfg: a whole config.
         mapper: turns a dataset dict into a model input; Detectron2's ``DatasetMapper`` by default.
             Where it returns None another image is taken.
 
     Raises:
-        ConfigError: the batch cannot be divided among the processes, no image is usable, or the
-            sampler is unknown.
+        ConfigError: the batch cannot be divided among the processes, or the sampler is unknown.
     """
-    batch_size = _share_of_batch(cfg.SOLVER.IMS_PER_BATCH)
-    try:
-        dataset_dicts = get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=(
-                cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-            ),
-            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-        )
-    except AssertionError as error:
-        raise ConfigError(
-            f"DATASETS.TRAIN {tuple(cfg.DATASETS.TRAIN)} gives no usable image: {error}"
-        ) from error
+    min_keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    dataset_dicts = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=min_keypoints if cfg.MODEL.KEYPOINT_ON else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
     return ResumableLoader(
         dataset_dicts,
         mapper if mapper is not None else DatasetMapper(cfg, is_train=True),
-        make_sampler=_sampler_factory(cfg, dataset_dicts),
-        batch_size=batch_size,
+        _sampler_factory(cfg, dataset_dicts),
+        cfg.SOLVER.IMS_PER_BATCH,
         seed=cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
@@ -98,9 +86,6 @@ def build_lazy_train_loader(
 
     Returns:
         The loader; None for any other loader, whose batches this project cannot foresee.
-
-    Raises:
-        ConfigError: the batch cannot be divided among the processes.
     """
     known = ("_target_", "dataset", "mapper", "sampler", "total_batch_size", "num_workers")
     sampler = node.get("sampler")
@@ -110,11 +95,9 @@ def build_lazy_train_loader(
         or not (sampler is None or _calls(sampler, TrainingSampler, RepeatFactorTrainingSampler))
     ):
         return None
-    batch_size = _share_of_batch(node.total_batch_size)
     dataset_dicts = instantiate(node.dataset)
     if not isinstance(dataset_dicts, list):
         return None
-    mapper = instantiate(node.mapper)
 
     def make_sampler(seed: int) -> Sampler:
         if sampler is None:
@@ -124,9 +107,9 @@ def build_lazy_train_loader(
 
     return ResumableLoader(
         dataset_dicts,
-        mapper,
-        make_sampler=make_sampler,
-        batch_size=batch_size,
+        instantiate(node.mapper),
+        make_sampler,
+        node.total_batch_size,
         seed=seed,
         group_by_aspect_ratio=node.get("aspect_ratio_grouping", True),
         num_workers=node.get("num_workers", 0),
@@ -135,101 +118,98 @@ def build_lazy_train_loader(
 
 
 def _calls(node, *targets: Callable) -> bool:
-    """Whether a LazyConfig's node is a call of one of these, given as object or by name."""
-    target = node.get("_target_") if isinstance(node, Mapping) else None
-    return (locate(target) if isinstance(target, str) else target) in targets
+    """Whether a LazyConfig's node is a call of one of these."""
+    return isinstance(node, Mapping) and node.get("_target_") in targets
 
 
-def _share_of_batch(total: int) -> int:
-    """Images of a batch on this process, of ``total`` on all."""
-    world_size = comm.get_world_size()
-    if total < 1 or total % world_size:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple of"
-            f" {world_size}, e.g. {max(1, round(total / world_size)) * world_size}"
-        )
-    return total // world_size
-
-
+@dataclass(eq=False)
 class ResumableLoader:
     """Endless batches; iterating starts at the iteration that :meth:`seek` named.
 
     Args:
-        dataset_dicts: images in Detectron2's format, each with "file_name", "width", "height".
+        dataset_dicts: images in Detectron2's format; those without a size are one group.
         mapper: turns a dataset dict into a model input, or None to have another image taken.
         make_sampler: builds, for a seed, this rank's sampler of indices into ``dataset_dicts``.
-        batch_size: images of a batch on this rank.
+        total_batch_size: images of a batch on all ranks.
         seed: seed of the stream until :meth:`seek` names another.
         group_by_aspect_ratio: batches of only wide or only high images.
         num_workers: processes that load images; 0 loads in this one.
         max_corrupt_images: different unreadable images to replace before giving up.
+
+    Raises:
+        ConfigError: the batch cannot be divided among the processes.
     """
 
-    def __init__(
-        self,
-        dataset_dicts: list[dict],
-        mapper: Callable[[dict], dict | None],
-        *,
-        make_sampler: Callable[[int], Sampler],
-        batch_size: int,
-        seed: int,
-        group_by_aspect_ratio: bool = True,
-        num_workers: int = 0,
-        max_corrupt_images: int = 0,
-    ):
-        self._dicts = DatasetFromList(dataset_dicts, copy=False)
-        self._groups = [0] * len(dataset_dicts)
-        if group_by_aspect_ratio:
-            self._groups = [_aspect_ratio_group(record) for record in dataset_dicts]
-        self._mapper = mapper
-        self._make_sampler = make_sampler
-        self._batch_size = batch_size
-        self._num_workers = num_workers
-        self._max_corrupt_images = max_corrupt_images
+    dataset_dicts: Sequence[dict]
+    mapper: Callable[[dict], dict | None]
+    make_sampler: Callable[[int], Sampler]
+    total_batch_size: int
+    seed: int
+    group_by_aspect_ratio: bool = True
+    num_workers: int = 0
+    max_corrupt_images: int = 0
+
+    def __post_init__(self):
+        total, world_size = self.total_batch_size, comm.get_world_size()
+        if total < 1 or total % world_size:
+            raise ConfigError(
+                f"SOLVER.IMS_PER_BATCH is {total} for {world_size} processes; set it to a multiple"
+                f" of {world_size}"
+            )
+        self._groups = [False] * len(self.dataset_dicts)
+        if self.group_by_aspect_ratio:
+            self._groups = [x.get("width", 0) > x.get("height", 0) for x in self.dataset_dicts]
+        self.dataset_dicts = DatasetFromList(self.dataset_dicts, copy=False)
+        self._iteration = 0
         self._corrupt: set[str] = set()
-        self.seek(seed, 0)
 
     def seek(self, seed: int, iteration: int) -> None:
         """Sets the stream's seed and the first batch that the next ``iter()`` gives."""
-        self._seed = seed
+        self.seed = seed
         self._iteration = iteration
 
     def __iter__(self) -> Iterator[list[dict]]:
+        mapper = PicklableWrapper(self.mapper)
         loader = DataLoader(
-            _SeededDataset(
-                self._dicts, self._mapper, self._seed, max_corrupt_images=self._max_corrupt_images
-            ),
-            batch_sampler=_BatchSampler(
-                self._make_sampler(self._seed),
-                self._groups,
-                batch_size=self._batch_size,
-                skip=self._iteration,
-            ),
-            num_workers=self._num_workers,
+            _SeededDataset(self.dataset_dicts, mapper, self.seed, self.max_corrupt_images),
+            batch_sampler=islice(self._batches(), self._iteration, None),
+            num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
             # A generator of its own: otherwise starting the loader draws from the global state,
             # and a resumed run's draws would no longer follow the uninterrupted one's.
-            generator=torch.Generator().manual_seed(self._seed),
+            generator=torch.Generator().manual_seed(self.seed),
         )
         for elements in loader:
-            for element in elements:
-                self._note_corrupt(element)
-            yield [element.data for element in elements]
+            for _, file_name, corrupt in elements:
+                self._note_corrupt(file_name, corrupt)
+            yield [data for data, _, _ in elements]
 
-    def _note_corrupt(self, element: "_Element") -> None:
+    def _batches(self) -> Iterator[list[tuple[int, int]]]:
+        """This rank's batches of (position, index) pairs, from the first."""
+        waiting: dict[bool, list] = {False: [], True: []}
+        rank, world_size = comm.get_rank(), comm.get_world_size()
+        batch_size = self.total_batch_size // world_size
+        for count, index in enumerate(self.make_sampler(self.seed)):
+            batch = waiting[self._groups[index]]
+            batch.append((rank + count * world_size, index))
+            if len(batch) == batch_size:
+                yield batch[:]
+                batch.clear()
+
+    def _note_corrupt(self, taken: str, corrupt: dict[str, str]) -> None:
         # Here and not in the workers, so that one count holds whatever their number.
-        for file_name, (reason, fix) in element.corrupt.items():
+        for file_name, reason in corrupt.items():
             self._corrupt.add(file_name)
-            count, most = len(self._corrupt), self._max_corrupt_images
+            count, most = len(self._corrupt), self.max_corrupt_images
             if count > most:
                 raise CorruptImageError(
                     f"cannot use image '{file_name}' ({reason}) and DATALOADER.MAX_CORRUPT_IMAGES"
-                    f" is {most}; {fix}, or set DATALOADER.MAX_CORRUPT_IMAGES to at least {count},"
-                    " and --resume"
+                    f" is {most}; repair it or correct its annotated size, or set"
+                    f" DATALOADER.MAX_CORRUPT_IMAGES to at least {count}, and --resume"
                 )
             logger.warning(
                 "Skipped image '%s' (%s), taking '%s' instead; %d of at most %d such images",
-                *(file_name, reason, element.file_name, count, most),
+                *(file_name, reason, taken, count, most),
             )
 
 
@@ -248,118 +228,57 @@ def _sampler_factory(cfg: CfgNode, dataset_dicts: list[dict]) -> Callable[[int],
     )
 
 
-def _aspect_ratio_group(record: dict) -> int:
-    if "width" not in record or "height" not in record:
-        raise ConfigError(
-            f"DATALOADER.ASPECT_RATIO_GROUPING is True but '{record['file_name']}' has no width and"
-            " height in its dataset dict; add them, or set DATALOADER.ASPECT_RATIO_GROUPING to"
-            " False"
-        )
-    return int(record["width"] > record["height"])
-
-
-class _BatchSampler:
-    """Batches of (position, index) pairs, without the first ``skip`` batches.
-
-    Args:
-        sampler: this rank's indices, as Detectron2's samplers give them.
-        groups: for each index the group (0 or 1) whose images share a batch.
-        batch_size: images of a batch on this rank.
-        skip: number of batches to leave out.
-    """
-
-    def __init__(self, sampler: Sampler, groups: list[int], *, batch_size: int, skip: int):
-        self._sampler = sampler
-        self._groups = groups
-        self._batch_size = batch_size
-        self._skip = skip
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return islice(self._batches(), self._skip, None)
-
-    def _batches(self) -> Iterator[list[tuple[int, int]]]:
-        waiting: tuple[list, list] = ([], [])
-        rank, world_size = comm.get_rank(), comm.get_world_size()
-        for count, index in enumerate(self._sampler):
-            batch = waiting[self._groups[index]]
-            batch.append((rank + count * world_size, index))
-            if len(batch) == self._batch_size:
-                yield batch[:]
-                batch.clear()
-
-
 @dataclass(frozen=True)
-class _Element:
-    """A mapped image, and what had to be skipped to get it (file name: reason and fix)."""
-
-    data: dict | None
-    file_name: str
-    corrupt: dict[str, tuple[str, str]]
-
-
 class _SeededDataset(Dataset):
     """Maps the image at (position, index), as a function of (seed, position, index) alone."""
 
-    def __init__(
-        self,
-        dicts: DatasetFromList,
-        mapper: Callable[[dict], dict | None],
-        seed: int,
-        *,
-        max_corrupt_images: int,
-    ):
-        self._dicts = dicts
-        self._mapper = PicklableWrapper(mapper)
-        self._seed = seed
-        self._max_corrupt_images = max_corrupt_images
+    dicts: DatasetFromList
+    mapper: Callable[[dict], dict | None]
+    seed: int
+    max_corrupt_images: int
 
     def __len__(self) -> int:
-        return len(self._dicts)
+        return len(self.dicts)
 
-    def __getitem__(self, key: tuple[int, int]) -> _Element:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[dict | None, str, dict[str, str]]:
+        """The mapped image, its file name, and what was skipped before (file name: reason)."""
         position, index = key
-        corrupt: dict[str, tuple[str, str]] = {}
-        with _seeded(self._seed, position) as choice:
-            for _ in range(10 * len(self._dicts)):
-                record = self._dicts[index]
+        corrupt: dict[str, str] = {}
+        with _seeded(self.seed, position):
+            for attempt in range(10 * len(self.dicts)):
+                record = self.dicts[(index + attempt) % len(self.dicts)]
                 file_name = record["file_name"]
                 try:
-                    data = self._mapper(record)
+                    data = self.mapper(record)
                 except Exception as error:
-                    corrupt[file_name] = _reason_and_fix(file_name, error)
-                    if len(corrupt) > self._max_corrupt_images:
-                        return _Element(None, file_name, corrupt)
-                    index = (index + 1) % len(self._dicts)
-                    continue
-                if data is not None:
-                    return _Element(data, file_name, corrupt)
-                # As Detectron2's MapDataset: any other image.
-                index = choice.randrange(len(self._dicts))
+                    data, corrupt[file_name] = None, _reason(file_name, error)
+                if data is not None or len(corrupt) > self.max_corrupt_images:
+                    return data, file_name, corrupt
         raise RuntimeError(f"no usable image was found in many tries, the last is '{file_name}'")
 
 
-def _reason_and_fix(file_name: str, error: Exception) -> tuple[str, str]:
-    """Why an image cannot be used, and what to do; raises if the image is not the reason."""
+def _reason(file_name: str, error: Exception) -> str:
+    """Why an image cannot be used; raises if the image is not the reason."""
     if isinstance(error, SizeMismatchError):
-        return str(error), "correct its width and height in the annotation file"
+        return str(error)
     try:
         read_image(file_name)
     except Exception as unreadable:
-        return f"{type(unreadable).__name__}: {unreadable}", "repair the image"
+        return f"{type(unreadable).__name__}: {unreadable}"
     raise RuntimeError(f"the mapper failed on image '{file_name}'") from error
 
 
 @contextmanager
-def _seeded(seed: int, position: int) -> Iterator[random.Random]:
-    """Seeds the three global random states inside the block; gives a fourth one of its own."""
-    words = np.random.SeedSequence([seed, position]).generate_state(4).tolist()
+def _seeded(seed: int, position: int) -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's random states inside the block."""
+    words = np.random.SeedSequence([seed, position]).generate_state(3).tolist()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(words[0])
     np.random.seed(words[1])
     # Not torch.manual_seed, which would also reseed the GPUs that the model draws from.
     torch.default_generator.manual_seed(words[2])
     try:
-        yield random.Random(words[3])
+        yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -1,12 +1,11 @@
 """A small synthetic detection dataset in COCO format, made in seconds, the same for the same seed.
 
-For the demo and for trying things without downloading: coloured shapes of four classes, side by
-side on soft backgrounds with a few lines, with masks and boxes. Made so that a detector learns it
-from scratch in minutes: a class has a shape and a hue of its own, and shapes never overlap.
+For the demo and for trying things without downloading: coloured shapes of four classes, with masks
+and boxes. A detector learns it from scratch in minutes: a class has a shape and a hue of its own,
+and shapes never overlap.
 
-Shapes are drawn at four times the size and averaged down; masks are traced at that fine size, so
-that polygons fit to about a quarter of a pixel. Every image has its own random stream, (seed,
-split, number), so that a larger set begins with the images of the smaller one.
+Shapes are drawn, and their masks traced, at four times the size. Every image has its own random
+stream, (seed, split, number), so that a larger set begins with the images of the smaller one.
 """
 
 import json
@@ -50,21 +49,12 @@ def make_synthetic(
         out_dir: the folder to make.
         num_train, num_val: number of images of the two splits.
         image_size: height and width of the images in pixels.
-        seed: any non-negative integer; the same seed gives byte-identical annotation files.
-
-    Returns:
-        ``out_dir`` as a path.
+        seed: any non-negative integer; the same seed gives the same files, byte for byte.
 
     Raises:
-        ConfigError: a number is out of range, or ``out_dir`` holds something else.
+        ConfigError: ``out_dir`` holds something else.
     """
     out_dir = Path(out_dir)
-    if num_train < 1 or num_val < 1 or seed < 0 or min(image_size) < 32:
-        raise ConfigError(
-            f"a synthetic dataset needs at least one image in each split, a seed of at least 0 and"
-            f" images of at least 32 pixels, not num_train {num_train}, num_val {num_val}, seed"
-            f" {seed}, image_size {tuple(image_size)}"
-        )
     splits = {"train": num_train, "val": num_val}
     arguments = {**splits, "image_size": list(image_size), "seed": seed, "version": 3}
     marker = out_dir / _MARKER
@@ -80,7 +70,15 @@ def make_synthetic(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for number, (split, count) in enumerate(splits.items()):
-        _write_split(partial, split, count, image_size, (seed, number), arguments)
+        content = {
+            "info": {"description": "kd_detectron synthetic shapes", **arguments},
+            **_write_images(partial / split, count, image_size, (seed, number)),
+            "categories": [
+                {"id": number, "name": name}
+                for number, name in enumerate(SYNTHETIC_CLASSES, start=1)
+            ],
+        }
+        (partial / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
     (partial / _MARKER).write_text(json.dumps(arguments) + "\n", encoding="utf-8")
     shutil.rmtree(out_dir, ignore_errors=True)
     partial.rename(out_dir)
@@ -90,17 +88,7 @@ def make_synthetic(
 def render(
     rng: np.random.Generator, image_size: tuple[int, int] = (160, 160)
 ) -> tuple[np.ndarray, list[dict]]:
-    """Draws one image.
-
-    Args:
-        rng: the source of everything random in it.
-        image_size: height and width in pixels.
-
-    Returns:
-        The image, (height, width, 3) uint8, and its annotations as in a COCO file without ids:
-        "category_id" (from 1), "bbox" (x, y, width, height), "area", "segmentation" (polygons),
-        "iscrowd".
-    """
+    """Draws one image, (height, width, 3) uint8, and gives its COCO annotations without ids."""
     height, width = image_size
     fine_size = (height * _FINE, width * _FINE)
     canvas = _background(rng, fine_size)
@@ -126,38 +114,36 @@ def render(
 # ---- writing ----
 
 
-def _write_split(
-    out_dir: Path,
-    split: str,
-    count: int,
-    image_size: tuple[int, int],
-    seed: tuple[int, int],
-    arguments: dict,
-) -> None:
-    (out_dir / split).mkdir()
+def _write_images(
+    folder: Path, count: int, image_size: tuple[int, int], seed: tuple[int, int]
+) -> dict[str, list]:
+    """Draws the images of a split; returns "images" and "annotations" of its COCO file."""
+    folder.mkdir()
     images, annotations = [], []
     for number in range(count):
         image, objects = render(np.random.default_rng([*seed, number]), image_size)
         file_name = f"{number:06d}.jpg"
         encoded = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 92])[1]
-        (out_dir / split / file_name).write_bytes(encoded.tobytes())
+        (folder / file_name).write_bytes(encoded.tobytes())
         size = {"height": image_size[0], "width": image_size[1]}
         images.append({"id": number + 1, "file_name": file_name, **size})
         for annotation in objects:
             annotations.append({"id": len(annotations) + 1, "image_id": number + 1, **annotation})
-    content = {
-        "info": {"description": "kd_detectron synthetic shapes", **arguments},
-        "images": images,
-        "annotations": annotations,
-        "categories": [
-            {"id": number, "name": name} for number, name in enumerate(SYNTHETIC_CLASSES, start=1)
-        ],
-    }
-    (out_dir / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+    return {"images": images, "annotations": annotations}
 
 
 def _annotation(visible: np.ndarray, category: int) -> dict:
-    polygons = _polygons(visible)
+    """Traces a fine mask of one object."""
+    # OpenCV joins the border pixels' indices. A pixel more to the right and below makes these the
+    # coordinates of the pixels' outer edges, so that no half pixel is lost on any side.
+    padded = np.pad(visible.astype(np.uint8), ((0, 1), (0, 1)))
+    grown = cv2.dilate(padded, np.ones((2, 2), np.uint8), anchor=(1, 1))
+    contours, _ = cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    simple = [cv2.approxPolyDP(contour, 1.0, True)[:, 0] for contour in contours]
+    simple = [contour for contour in simple if len(contour) >= 3]
+    # Slivers of less than a pixel are left out, unless nothing else is there.
+    large = [contour for contour in simple if cv2.contourArea(contour) >= _FINE**2]
+    polygons = [contour / _FINE for contour in large or simple]
     points = np.concatenate(polygons)
     corner, extent = points.min(axis=0), np.ptp(points, axis=0)
     # All are multiples of a quarter of a pixel; a little noise of floats is rounded away.
@@ -170,20 +156,6 @@ def _annotation(visible: np.ndarray, category: int) -> dict:
     }
 
 
-def _polygons(visible: np.ndarray) -> list[np.ndarray]:
-    """Traces a fine mask; returns (P, 2) outlines in pixels of the image."""
-    # OpenCV joins the border pixels' indices. A pixel more to the right and below makes these the
-    # coordinates of the pixels' outer edges, so that no half pixel is lost on any side.
-    padded = np.pad(visible.astype(np.uint8), ((0, 1), (0, 1)))
-    grown = cv2.dilate(padded, np.ones((2, 2), np.uint8), anchor=(1, 1))
-    contours, _ = cv2.findContours(grown, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    simple = [cv2.approxPolyDP(contour, 1.0, True)[:, 0] for contour in contours]
-    simple = [contour for contour in simple if len(contour) >= 3]
-    # Slivers of less than a pixel are left out, unless nothing else is there.
-    large = [contour for contour in simple if cv2.contourArea(contour) >= _FINE**2]
-    return [contour / _FINE for contour in large or simple]
-
-
 # ---- drawing ----
 
 
@@ -192,18 +164,12 @@ def _regular(corners: int) -> np.ndarray:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _star() -> np.ndarray:
-    points = _regular(10)
-    points[1::2] *= 0.5
-    return points
-
-
 # (P, 2) outlines of radius 1 around the origin.
 _OUTLINES = {
     "disc": _regular(64),
     "square": _regular(4),
     "triangle": _regular(3),
-    "star": _star(),
+    "star": _regular(10) * np.tile([[1.0], [0.5]], (5, 1)),
 }
 
 

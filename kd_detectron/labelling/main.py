@@ -11,6 +11,7 @@ command goes on after an interruption.
 """
 
 import argparse
+from collections import Counter
 
 from detectron2.utils.logger import setup_logger
 
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="JSON",
         help="names and ids of the classes from this COCO-format file (by default from the "
-        "datasets of the teacher's config)",
+        "dataset that the teacher's config trains on)",
     )
     parser.add_argument("--batch-size", type=int, default=4, help="images at once (%(default)s)")
     parser.add_argument(
@@ -79,25 +80,28 @@ def label(args: argparse.Namespace) -> None:
     cfg = teacher_cfg_from(
         config_file=args.config_file, teacher=args.teacher, weights=args.weights, opts=args.opts
     )
-    labeller = load_labeller(cfg)
-    categories = categories_of(labeller, args.categories)
-    counts = label_images(
-        labeller,
+    model, mapper = load_labeller(cfg)
+    categories = categories_of(cfg, model, args.categories)
+    thresholds = parse_thresholds(args.score_threshold, [each["name"] for each in categories])
+    content = label_images(
+        model,
+        mapper,
         images,
         args.output,
         categories=categories,
-        thresholds=parse_thresholds(
-            args.score_threshold or ["0.5"], [each["name"] for each in categories]
-        ),
+        thresholds=thresholds,
         source=f"{cfg.KD.TEACHER.CONFIG_FILE} {cfg.KD.TEACHER.WEIGHTS}".strip(),
         batch_size=args.batch_size,
         workers=args.workers,
     )
-    classes = ", ".join(f"{name} {count}" for name, count in counts["classes"].items())
+    count = Counter(label["category_id"] for label in content["annotations"])
+    classes = ", ".join(f"{each['name']} {count[each['id']]}" for each in categories)
+    with_labels = {label["image_id"] for label in content["annotations"]}
+    labelled = len(content["images"])
     print(
-        f"{args.output}: {counts['annotations']} labels on {counts['images']} images "
-        f"({counts['empty']} of them without any), {counts['skipped']} images skipped\n"
-        f"labels by class: {classes}"
+        f"{args.output}: {count.total()} labels on {labelled} images "
+        f"({labelled - len(with_labels)} of them without any), "
+        f"{len(images) - labelled} images skipped\nlabels by class: {classes}"
     )
 
 

@@ -4,7 +4,6 @@ Some outputs are compared class by class: with as many classes in another order 
 without an error, but the student learns the wrong classes.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 
 from detectron2.config import CfgNode
@@ -12,7 +11,7 @@ from detectron2.data import MetadataCatalog
 from omegaconf import OmegaConf
 from torch import nn
 
-from kd_detectron.data.coco_format import resolve_path
+from kd_detectron.data.coco_format import read_categories, resolve_path
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.teacher_loading import (
@@ -57,13 +56,8 @@ def check_dataset_classes(
 def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> None:
     """Refuses a teacher of other class names where distillers or ``INHERIT`` go class by class.
 
-    Args:
-        cfg: the student's whole config.
-        summaries: what :func:`kd_detectron.preflight.data.check_datasets` returned for it.
-
-    Raises:
-        ConfigError: a class has another name; nothing where only the numbers of classes differ,
-            which ``check_fits`` refuses with a better sentence.
+    Where their numbers differ, ``check_fits`` refuses it with a better sentence. ``summaries`` are
+    those of :func:`kd_detectron.preflight.data.check_datasets` for ``cfg``.
     """
     if not (cfg.KD.ENABLED and cfg.DATASETS.TRAIN):
         return
@@ -82,13 +76,7 @@ def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> 
 def check_teacher_to_evaluate(
     cfg: CfgNode, summaries: Mapping[str, DatasetSummary], model: nn.Module
 ) -> None:
-    """Refuses to evaluate a teacher on ``DATASETS.TEST`` of other classes than its own.
-
-    Args:
-        cfg: the student's whole config.
-        summaries: what :func:`kd_detectron.preflight.data.check_data` returned for it.
-        model: the teacher.
-    """
+    """Refuses to evaluate ``model``, a teacher, on ``DATASETS.TEST`` of other classes."""
     who = f"the teacher (KD.TEACHER.CONFIG_FILE '{cfg.KD.TEACHER.CONFIG_FILE}')"
     for name in cfg.DATASETS.TEST if summaries else ():
         if summaries[name].classes:
@@ -116,14 +104,11 @@ def _has_class_layers(part: str) -> bool:
 def _compare_names(
     cfg: CfgNode, summaries: Mapping[str, DatasetSummary], key: str, reason: str, other_way: str
 ) -> None:
-    """Compares a dataset's class names with the teacher's, where both are known, without case.
-
-    The teacher's are known where its first ``DATASETS.TRAIN`` is registered here with class names,
-    or is in its ``DATASETS.COCO_FORMAT`` with its annotation file at hand.
-    """
+    """Compares a dataset's class names with the teacher's, where both are known, without case."""
     own_name = cfg.DATASETS[key.removeprefix("DATASETS.")][0]
     own = summaries[own_name].classes
-    teacher_name, theirs = teacher_classes(cfg, summaries)
+    teacher_name, categories = teacher_categories(cfg)
+    theirs = [category["name"] for category in categories]
     if not own or len(own) != len(theirs):
         return
     for index, (mine, other) in enumerate(zip(own, theirs, strict=True)):
@@ -137,41 +122,33 @@ def _compare_names(
             )
 
 
-def teacher_classes(
-    cfg: CfgNode, summaries: Mapping[str, DatasetSummary]
-) -> tuple[str, tuple[str, ...]]:
-    """Returns name and class names of the dataset that the teacher's config trains on.
+def teacher_categories(cfg: CfgNode) -> tuple[str, list[dict]]:
+    """Returns name and categories of the dataset that the teacher's config trains on first.
 
-    The class names are empty where they cannot be known here.
+    The categories, COCO's "id" and "name" in the order of the teacher's outputs, are empty where
+    they cannot be known here: neither is the dataset registered with class names nor its annotation
+    file at hand.
     """
     path = find_teacher_config(cfg.KD.TEACHER.CONFIG_FILE)
     files: dict[str, str] = {}
-    own_files = {entry[0]: entry[1] for entry in cfg.DATASETS.COCO_FORMAT}
     if path.endswith(".py"):
         lazy_cfg = read_lazy_config(path, list(cfg.KD.TEACHER.OPTS))
-        trained_on = OmegaConf.select(lazy_cfg, "dataloader.train.dataset.names") or ()
-        trained_on = [trained_on] if isinstance(trained_on, str) else list(trained_on)
+        names = OmegaConf.select(lazy_cfg, "dataloader.train.dataset.names") or ()
+        names = [names] if isinstance(names, str) else list(names)
     else:
         teacher_cfg = teacher_config(cfg)
-        trained_on = list(teacher_cfg.DATASETS.TRAIN)
-        files = {entry[0]: entry[1] for entry in teacher_cfg.DATASETS.COCO_FORMAT}
-    if not trained_on:
-        return "", ()
-    name = trained_on[0]
-    if name in files and files[name] != own_files.get(name):
-        return name, _classes_in(resolve_path(files[name]))
-    if name in summaries:
-        return name, summaries[name].classes
-    if name in MetadataCatalog and MetadataCatalog.get(name).get("thing_classes"):
-        return name, tuple(MetadataCatalog.get(name).thing_classes)
-    return name, ()
-
-
-def _classes_in(json_file: str) -> tuple[str, ...]:
-    # The teacher's data need not be here, nor be sound: then there is nothing to compare with.
+        names = teacher_cfg.DATASETS.TRAIN
+        files = {entry[0]: resolve_path(entry[1]) for entry in teacher_cfg.DATASETS.COCO_FORMAT}
+    if not names:
+        return "", []
+    name = names[0]
+    metadata = MetadataCatalog.get(name).as_dict() if name in MetadataCatalog else {}
+    classes = metadata.get("thing_classes", ())
+    if classes and name not in files:
+        ids = metadata.get("thing_dataset_id_to_contiguous_id")
+        ids = sorted(ids, key=ids.get) if ids else range(1, len(classes) + 1)
+        return name, [{"id": i, "name": each} for i, each in zip(ids, classes, strict=True)]
     try:
-        with open(json_file, encoding="utf-8") as file:
-            categories = json.load(file)["categories"]
-        return tuple(x["name"] for x in sorted(categories, key=lambda x: x["id"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return ()
+        return name, read_categories(files.get(name) or metadata.get("json_file", ""), "")
+    except ConfigError:  # The teacher's data need not be here, nor be sound.
+        return name, []

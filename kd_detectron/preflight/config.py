@@ -1,20 +1,21 @@
 """Does the config name parts that exist, and a meta-architecture that distils?"""
 
+from detectron2 import modeling
 from detectron2.config import CfgNode
-from detectron2.modeling import (
-    ANCHOR_GENERATOR_REGISTRY,
-    BACKBONE_REGISTRY,
-    META_ARCH_REGISTRY,
-    PROPOSAL_GENERATOR_REGISTRY,
-    ROI_BOX_HEAD_REGISTRY,
-    ROI_HEADS_REGISTRY,
-    ROI_KEYPOINT_HEAD_REGISTRY,
-    ROI_MASK_HEAD_REGISTRY,
-    StandardROIHeads,
-)
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.distilled_rcnn import DistillationMixin
+
+PARTS = (
+    "BACKBONE",
+    "ANCHOR_GENERATOR",
+    "PROPOSAL_GENERATOR",
+    "ROI_HEADS",
+    "ROI_BOX_HEAD",
+    "ROI_MASK_HEAD",
+    "ROI_KEYPOINT_HEAD",
+)
 
 
 def check_meta_architecture(cfg: CfgNode) -> None:
@@ -26,9 +27,7 @@ def check_meta_architecture(cfg: CfgNode) -> None:
         raise ConfigError(f"MODEL.META_ARCHITECTURE is '{name}'{did_you_mean(name, known)}")
     asked = {"KD.DISTILLERS": cfg.KD.DISTILLERS, "KD.TEACHER.INHERIT": cfg.KD.TEACHER.INHERIT}
     key = next((key for key, names in asked.items() if names and cfg.KD.ENABLED), "")
-    if not key:
-        return
-    if name in known and not issubclass(known[name], DistillationMixin):
+    if key and name in known and not issubclass(known[name], DistillationMixin):
         distilled = [key for key, cls in known.items() if issubclass(cls, DistillationMixin)]
         raise ConfigError(
             f"{key} is {list(asked[key])} but MODEL.META_ARCHITECTURE is '{name}', "
@@ -38,21 +37,9 @@ def check_meta_architecture(cfg: CfgNode) -> None:
 
 
 def _check_parts(cfg: CfgNode) -> None:
-    """Refuses parts of the detector that are not registered, and heads that it needs and lacks."""
-    heads = cfg.MODEL.ROI_HEADS.NAME
-    standard = ROI_HEADS_REGISTRY.get(heads) if heads in ROI_HEADS_REGISTRY else None
-    needed = isinstance(standard, type) and issubclass(standard, StandardROIHeads)
-    for node, registry, used in (
-        ("BACKBONE", BACKBONE_REGISTRY, True),
-        ("ANCHOR_GENERATOR", ANCHOR_GENERATOR_REGISTRY, True),
-        ("PROPOSAL_GENERATOR", PROPOSAL_GENERATOR_REGISTRY, False),
-        ("ROI_HEADS", ROI_HEADS_REGISTRY, False),
-        ("ROI_BOX_HEAD", ROI_BOX_HEAD_REGISTRY, needed),
-        ("ROI_MASK_HEAD", ROI_MASK_HEAD_REGISTRY, needed and cfg.MODEL.MASK_ON),
-        ("ROI_KEYPOINT_HEAD", ROI_KEYPOINT_HEAD_REGISTRY, needed and cfg.MODEL.KEYPOINT_ON),
-    ):
-        name, known = cfg.MODEL[node].NAME, [key for key, _ in registry]
-        if name in registry or name == "PrecomputedProposals" or not (name or used):
-            continue
-        what = f"is '{name}'" if name else "is empty, and the detector needs one"
-        raise ConfigError(f"MODEL.{node}.NAME {what}{did_you_mean(name, known)}")
+    """Refuses parts of the detector that are not registered."""
+    for part in PARTS:
+        name, registry = cfg.MODEL[part].NAME, getattr(modeling, f"{part}_REGISTRY")
+        if name and name not in registry and name != "PrecomputedProposals":
+            near = did_you_mean(name, [key for key, _ in registry])
+            raise ConfigError(f"MODEL.{part}.NAME is '{name}'{near}")

@@ -19,35 +19,22 @@ _EVALUATION_PACKAGES = {
 def check_evaluation(cfg: CfgNode) -> None:
     """Refuses, before training, an evaluation that would fail after it.
 
-    Args:
-        cfg: a whole config, its ``DATASETS.COCO_FORMAT`` registered.
-
-    Raises:
-        ConfigError: there is no evaluator for a dataset, it needs a package that is missing, or
-            there is no test-time augmentation for the detector.
+    ``DATASETS.COCO_FORMAT`` must be registered.
     """
     for name in cfg.DATASETS.TEST:
         if name in DatasetCatalog:
             evaluator_type(name)
-    if cfg.TEST.AUG.ENABLED:
-        _check_augmentation(cfg)
-
-
-def _check_augmentation(cfg: CfgNode) -> None:
-    name = cfg.MODEL.META_ARCHITECTURE
-    architecture = META_ARCH_REGISTRY.get(name)
-    if not issubclass(architecture, GeneralizedRCNN) or issubclass(architecture, PanopticFPN):
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    boxes = issubclass(architecture, GeneralizedRCNN) and not issubclass(architecture, PanopticFPN)
+    if not boxes or cfg.MODEL.KEYPOINT_ON or cfg.MODEL.LOAD_PROPOSALS:
         raise ConfigError(
-            f"TEST.AUG.ENABLED is True but MODEL.META_ARCHITECTURE is {name}, and Detectron2's "
-            "test-time augmentation is for the boxes and masks of R-CNN models; set "
-            "TEST.AUG.ENABLED False"
+            "TEST.AUG.ENABLED is True, but Detectron2's test-time augmentation is for the boxes and"
+            f" masks of R-CNN models: MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE},"
+            f" MODEL.KEYPOINT_ON is {cfg.MODEL.KEYPOINT_ON} and MODEL.LOAD_PROPOSALS is"
+            f" {cfg.MODEL.LOAD_PROPOSALS}; set TEST.AUG.ENABLED False"
         )
-    for key in ("KEYPOINT_ON", "LOAD_PROPOSALS"):
-        if cfg.MODEL[key]:
-            raise ConfigError(
-                f"TEST.AUG.ENABLED is True and MODEL.{key} is True, which Detectron2's test-time "
-                "augmentation does not support; set TEST.AUG.ENABLED False"
-            )
 
 
 def evaluator_type(dataset_name: str) -> str:

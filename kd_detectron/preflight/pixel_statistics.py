@@ -6,14 +6,9 @@ warning: own data may have any. Those of pretrained weights: ``backbones/pixel_s
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
-from kd_detectron.backbones.pixel_statistics import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    near,
-    rounded,
-)
+from kd_detectron.backbones.pixel_statistics import IMAGENET_MEAN, IMAGENET_STD, near, rounded
 
 logger = logging.getLogger(__name__)
 
@@ -24,100 +19,59 @@ STD_TOLERANCE = 0.25
 
 
 def pixel_statistics_warning(
-    who: str,
-    input_format: str,
-    mean: Sequence[float],
-    std: Sequence[float],
-    *,
-    format_key: str,
-    mean_key: str,
-    std_key: str,
+    who: str, input_format: str, mean: Sequence[float], std: Sequence[float]
 ) -> str | None:
     """Returns a sentence if images are normalised by statistics that cannot be theirs.
 
-    That is, by those of images in 0..1, or by ImageNet's in the other channel order. Own data may
-    have any others.
+    That is, by those of images in 0..1, or by ImageNet's in the other channel order.
 
     Args:
         who: whose images these are, "student" or "teacher".
         input_format: "BGR" or "RGB".
         mean, std: what images in 0..255 are normalised by.
-        format_key, mean_key, std_key: the config keys of the three.
     """
-    faults = []
-    shown = f"{mean_key} {rounded(mean)} and {std_key} {rounded(std)} of the {who}"
+    other = {"RGB": "BGR", "BGR": "RGB"}.get(input_format, "")
+    wrong_mean = other and near(mean, IMAGENET_MEAN[other], MEAN_TOLERANCE)
+    is_imagenet = wrong_mean or near(mean, IMAGENET_MEAN.get(input_format, ()), MEAN_TOLERANCE)
+    wrong_std = other and is_imagenet and near(std, IMAGENET_STD[other], STD_TOLERANCE)
     # A mean of 0 with a standard deviation of 1 leaves the images as they are.
     if (any(mean) and max(map(abs, mean)) <= 1) or (len(std) and max(std) < 1):
-        faults.append("those of images in 0..1, but images are in 0..255 here")
-        mean, std = ([255 * value for value in values] for values in (mean, std))
-    other = {"RGB": "BGR", "BGR": "RGB"}.get(input_format)
-    mean_order = _imagenets_order(mean, IMAGENET_MEAN, MEAN_TOLERANCE)
-    std_order = _imagenets_order(std, IMAGENET_STD, STD_TOLERANCE)
-    in_other_order = [
-        key
-        for key, order in ((mean_key, mean_order), (std_key, std_order))
-        if mean_order and order == other
-    ]
-    if in_other_order:
-        keys = " and ".join(in_other_order)
-        faults.append(f"ImageNet's in {other} order ({keys}), but {format_key} is {input_format}")
-    if not faults:
+        fault = "those of images in 0..1, but images are in 0..255 here"
+        right = [[255 * value for value in values] for values in (mean, std)]
+        otherwise = ""
+    elif wrong_mean or wrong_std:
+        which = "the mean" if wrong_mean else "the standard deviation"
+        which = "both" if wrong_mean and wrong_std else which
+        fault = f"ImageNet's in {other} order ({which}), but INPUT.FORMAT is {input_format}"
+        right = [
+            IMAGENET_MEAN[input_format] if wrong_mean else mean,
+            IMAGENET_STD[input_format] if wrong_std else std,
+        ]
+        otherwise = f", or, if the weights were trained on {other} images, INPUT.FORMAT to {other}"
+    else:
         return None
-    right_mean = IMAGENET_MEAN[input_format] if mean_order in IMAGENET_MEAN else mean
-    right_std = IMAGENET_STD[input_format] if std_order in IMAGENET_STD else std
-    fix = f"set them to {rounded(right_mean)} and {rounded(right_std)}"
-    if in_other_order:
-        fix += f", or, if the weights were trained on {other} images, {format_key} to {other}"
-    return f"{shown} are {', and '.join(faults)}: {fix}"
-
-
-def _imagenets_order(
-    values: Sequence[float], imagenets: Mapping[str, Sequence[float]], tolerance: float
-) -> str | None:
-    """The channel order in which these are ImageNet's statistics, if they are."""
-    orders = [order for order, expected in imagenets.items() if near(values, expected, tolerance)]
-    return orders[0] if orders else None
+    where = " (in KD.TEACHER.CONFIG_FILE or KD.TEACHER.OPTS)" if who == "teacher" else ""
+    return (
+        f"MODEL.PIXEL_MEAN {rounded(mean)} and MODEL.PIXEL_STD {rounded(std)} of the {who} are"
+        f" {fault}: set them to {rounded(right[0])} and {rounded(right[1])}{otherwise}{where}"
+    )
 
 
 def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
     """Logs where student or teacher normalise by statistics that cannot be their images'.
 
-    Args:
-        model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
-        wording: turns a warning into the words of the user's config.
-
-    Returns:
-        The warnings.
+    Returns the warnings, each in the words of the user's config by ``wording``.
     """
-    found = [
-        pixel_statistics_warning(
-            "student",
-            getattr(model, "input_format", None),
-            *_statistics_of(model),
-            format_key="INPUT.FORMAT",
-            mean_key="MODEL.PIXEL_MEAN",
-            std_key="MODEL.PIXEL_STD",
-        )
-    ]
+    detectors = {"student": (model, getattr(model, "input_format", None))}
     teacher = getattr(model, "teacher", None)
     if teacher is not None:
-        found.append(
-            pixel_statistics_warning(
-                "teacher",
-                teacher.input_format,
-                *_statistics_of(teacher.model),
-                format_key="INPUT.FORMAT of KD.TEACHER.CONFIG_FILE",
-                mean_key="its MODEL.PIXEL_MEAN (by KD.TEACHER.OPTS)",
-                std_key="its MODEL.PIXEL_STD",
-            )
-        )
-    warnings = [wording(warning) for warning in found if warning]
-    for warning in warnings:
-        logger.warning("%s", warning)
+        detectors["teacher"] = (teacher.model, teacher.input_format)
+    warnings = []
+    for who, (detector, input_format) in detectors.items():
+        values = (getattr(detector, name, None) for name in ("pixel_mean", "pixel_std"))
+        mean, std = ([] if value is None else value.flatten().tolist() for value in values)
+        warning = pixel_statistics_warning(who, input_format, mean, std)
+        if warning:
+            warnings.append(wording(warning))
+            logger.warning("%s", warnings[-1])
     return warnings
-
-
-def _statistics_of(model) -> tuple[list[float], list[float]]:
-    values = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
-    mean, std = ([] if value is None else value.flatten().tolist() for value in values)
-    return mean, std

@@ -52,9 +52,9 @@ def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:
 def check_same_run(cfg: CfgNode) -> list[str]:
     """Compares the config with that of the run in ``OUTPUT_DIR`` which ``--resume`` goes on with.
 
-    What may change over a resume: everything but model, distillation and training data; and of
-    these the device, ``MODEL.WEIGHTS`` (not read by a resumed run), ``KD.SCHEDULE`` and the weights
-    of distillers. Keys that only one of the two has come from another version and are left out.
+    Model, distillation and training data may not change, except for the device, ``MODEL.WEIGHTS``
+    (not read by a resumed run), ``KD.SCHEDULE`` and the weights of distillers. Keys that only one
+    of the two has come from another version and are left out.
 
     Returns:
         The keys that changed and may, each as one phrase; they are logged.
@@ -94,14 +94,10 @@ def _compare_configs(
     may_change: tuple[str, ...],
     count_absent: bool = False,
 ) -> list[str]:
-    """Refuses changes that make another run; logs and returns the others.
+    """Refuses changes of keys that start as ``identity``; logs and returns the others.
 
-    Args:
-        output_dir: the folder of the run as it was.
-        now: the config by dotted keys.
-        identity: starts of the keys whose change makes another run.
-        may_change: starts of those among them that may change, as may the weights of distillers.
-        count_absent: whether a key that only one of the two has is a change.
+    ``may_change`` are exceptions, as are the weights of distillers. With ``count_absent`` a key
+    that only one of the two configs has is a change.
     """
     before = _config_of_run(output_dir)
     if not before:

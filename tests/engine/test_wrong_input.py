@@ -211,15 +211,7 @@ CASES = {
     "no such detector": (["MODEL.META_ARCHITECTURE", "DistilledRCN"], ["DistilledRCNN"]),
     "backbone": (["MODEL.BACKBONE.NAME", "build_resnet_fpm_backbone"], ["build_resnet_fpn_backb"]),
     "heads": (["MODEL.ROI_HEADS.NAME", "StandardHeads"], ["MODEL.ROI_HEADS.NAME", "StandardROI"]),
-    "box head": (["MODEL.ROI_BOX_HEAD.NAME", ""], ["MODEL.ROI_BOX_HEAD.NAME is empty"]),
-    "mask head": (
-        ["MODEL.MASK_ON", True, "MODEL.ROI_MASK_HEAD.NAME", ""],
-        ["MODEL.ROI_MASK_HEAD.NAME is empty", "MaskRCNNConvUpsampleHead"],
-    ),
-    "keypoint head": (
-        ["MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NAME", ""],
-        ["MODEL.ROI_KEYPOINT_HEAD.NAME is empty", "KRCNNConvDeconvUpsampleHead"],
-    ),
+    "mask head": (["MODEL.ROI_MASK_HEAD.NAME", "Mask"], ["MODEL.ROI_MASK_HEAD.NAME is 'Mask'"]),
     "option": (own_distiller, ["FACTR", "did you mean KD.OFWRONGINPUT.FACTOR"]),
     "triple": (["KD.CKD.TRIPLE", "tsx"], ["KD.CKD.TRIPLE", "tsx", "tss"]),
     "triple without meaning": (["KD.CKD.TRIPLE", "tst"], ["KD.CKD.TRIPLE", "tst", "fixed"]),

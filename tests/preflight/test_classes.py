@@ -12,7 +12,7 @@ from kd_detectron.preflight.annotations import DatasetSummary
 from kd_detectron.preflight.classes import (
     check_class_order,
     check_teacher_to_evaluate,
-    teacher_classes,
+    teacher_categories,
 )
 
 
@@ -34,6 +34,7 @@ def class_cfg(tmp_path):
 
     yield make
     MetadataCatalog.pop("teachers_data", None)
+    MetadataCatalog.pop("own_data", None)
 
 
 def test_classes_of_the_teacher_in_another_order_are_refused(class_cfg):
@@ -79,6 +80,7 @@ def test_teacher_of_other_classes_is_not_evaluated(class_cfg):
 
 def test_override_that_the_message_offers_is_accepted(class_cfg):
     cfg = class_cfg()
+    MetadataCatalog.get("own_data").thing_classes = ["cat", "cow", "dog"]
     cfg.KD.TEACHER.OPTS = ["DATASETS.TRAIN", "('own_data',)"]
     check_class_order(cfg, summaries("cat", "cow", "dog"))
 
@@ -97,12 +99,12 @@ def test_classes_of_a_teachers_own_coco_format_data_are_read_from_its_file(tmp_p
     cfg = distilled_cfg(tmp_path, ["CKD"])
     # The same name as the student's data, but another file.
     for entry, expected in (
-        (["own_data", str(tmp_path / "theirs.json"), "images"], ("cat", "dog")),
-        (["own_data", str(tmp_path / "not_here.json"), "images"], ()),
+        (["own_data", str(tmp_path / "theirs.json"), "images"], categories[::-1]),
+        (["own_data", str(tmp_path / "not_here.json"), "images"], []),
     ):
         opts = ["DATASETS.COCO_FORMAT", [entry], "DATASETS.TRAIN", ("own_data",)]
         write_tiny_teacher(tmp_path, opts)
-        assert teacher_classes(cfg, summaries("dog", "cat")) == ("own_data", expected)
+        assert teacher_categories(cfg) == ("own_data", expected)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "py"])
@@ -112,6 +114,7 @@ def test_classes_of_a_zoo_teacher_are_cocos(tmp_path, suffix):
         "py": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py",
     }[suffix]
     cfg = distilled_cfg(tmp_path, opts=["KD.TEACHER.CONFIG_FILE", name])
-    dataset, classes = teacher_classes(cfg, {})
-    assert dataset == "coco_2017_train" and classes[:2] == ("person", "bicycle")
-    assert len(classes) == 80
+    dataset, categories = teacher_categories(cfg)
+    assert dataset == "coco_2017_train" and len(categories) == 80
+    assert categories[0] == {"id": 1, "name": "person"}
+    assert categories[-1] == {"id": 90, "name": "toothbrush"}

@@ -1,19 +1,11 @@
 """A run is resumed as itself; another one in its folder is refused."""
 
-import logging
-
 import pytest
 from tiny import distilled_cfg, tiny_cfg
 
 from kd_detectron.engine.main import main
 from kd_detectron.errors import ConfigError
 from kd_detectron.preflight.resume import check_output_dir, check_same_run
-
-
-@pytest.fixture(autouse=True)
-def log_reaches_caplog(monkeypatch):
-    """Detectron2's ``setup_logger``, called by any test before, would keep it from there."""
-    monkeypatch.setattr(logging.getLogger("kd_detectron"), "propagate", True)
 
 
 @pytest.fixture

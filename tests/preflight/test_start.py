@@ -1,7 +1,6 @@
 """The training command and ``--check`` make the same checks."""
 
 import json
-import logging
 
 import pytest
 from omegaconf import OmegaConf
@@ -10,12 +9,6 @@ from tiny import distilled_cfg, write_tiny_teacher
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.engine.lazy import as_yaml
 from kd_detectron.engine.main import main
-
-
-@pytest.fixture(autouse=True)
-def log_reaches_caplog(monkeypatch):
-    """Detectron2's ``setup_logger``, called by any test before, would keep it from there."""
-    monkeypatch.setattr(logging.getLogger("kd_detectron"), "propagate", True)
 
 
 @pytest.mark.parametrize("command", [["--check"], []])
