@@ -17,14 +17,12 @@ from kd_detectron.checkpoint.plain_export import (
     student_config,
 )
 from kd_detectron.checkpoint.torchvision_weights import (
-    TORCHVISION_NETWORKS,
     convert_torchvision_state,
     torchvision_layout,
     torchvision_url,
 )
 
 __all__ = [
-    "TORCHVISION_NETWORKS",
     "CheckpointWriteError",
     "DistillationCheckpointer",
     "ExportedStudent",

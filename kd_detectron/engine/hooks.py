@@ -2,7 +2,6 @@
 
 - :class:`StepSeed`: the random state of an iteration depends on (seed, process, iteration) alone,
   so that a resumed run follows the uninterrupted one with nothing to store.
-- :class:`LossHistory`: the running medians of the losses go on over a resume.
 - :class:`DistillationSchedule`: warm-up, decay and stop of all distillation weights.
 - :class:`TeacherGuard`: checks that training did not change the teacher.
 - :class:`KeepBest`: ``model_best.pth``.
@@ -104,36 +103,6 @@ class DistillationSchedule(HookBase):
         self._model.distillation_factor = factor
         if not self._constant:
             self.trainer.storage.put_scalar("distillation_factor", factor, smoothing_hint=False)
-
-
-class LossHistory(HookBase):
-    """Keeps the last losses over a resume, since logs and metrics show their running median.
-
-    Without it a resumed run's curve would differ from the uninterrupted one for a while although
-    every step is the same.
-    """
-
-    WINDOW = 20
-
-    def __init__(self):
-        self._restored: dict[str, list] = {}
-
-    def before_train(self) -> None:
-        for name, values in self._restored.items():
-            for value, iteration in values:
-                self.trainer.storage.put_scalar(name, value, cur_iter=iteration)
-
-    def state_dict(self) -> dict:
-        return {
-            name: [[float(value), int(iteration)] for value, iteration in buffer.values()][
-                -self.WINDOW :
-            ]
-            for name, buffer in self.trainer.storage.histories().items()
-            if "loss" in name
-        }
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self._restored = state_dict
 
 
 class TeacherGuard(HookBase):

@@ -8,89 +8,53 @@ detector trains as well. Optional are ``distillation_schedule``, with the keys o
 ``DATALOADER.MAX_CORRUPT_IMAGES``, ``SOLVER.EMA.DECAY``).
 
 Checks, train loop, hooks and loader are those of ``tools/train_net.py``. The checks are written
-for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and the LazyConfig's
-names of the keys are added to what they say (:func:`to_lazy_keys`). A ``dataloader.train`` that
-is no call of Detectron2's ``build_detection_train_loader`` is used as it is; its batches are drawn
-anew over a resume. Test: ``tests/engine/test_lazy.py``.
+for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and they name YAML's
+keys. A ``dataloader.train`` that is no call of Detectron2's ``build_detection_train_loader`` is
+used as it is; its batches are drawn anew over a resume. Test: ``tests/engine/test_lazy.py``.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import create_ddp_model, default_argument_parser, default_setup, hooks
+from detectron2.engine import create_ddp_model, default_argument_parser, hooks
 from detectron2.engine.defaults import default_writers
 from detectron2.evaluation import inference_on_dataset, print_csv_format
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.commands import parse_arguments
-from kd_detectron.config import add_kd_config, find_config
+from kd_detectron.config import add_kd_config, find_config, merge_opts
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
-from kd_detectron.distillers import option_defaults
-from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
+from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
 from kd_detectron.modeling.teacher_loading import plain_list, run_lazy_file
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
-from kd_detectron.preflight.resume import check_output_dir, check_same_lazy_run
+from kd_detectron.preflight.resume import check_same_lazy_run
 from kd_detectron.runs.files import forget_metrics_from
 
 from .hooks import (
     DistillationSchedule,
-    LossHistory,
     StepSeed,
     StopOnSignal,
     TeacherGuard,
     WriteResult,
 )
 from .launch import start
-from .main import keep_run_config
+from .main import prepare_folder
 from .train_loop import DistillationTrainLoop
 from .trainer import run_facts, unwrap
 from .weight_average import WeightAverage
 
 logger = logging.getLogger("kd_detectron")
 
-# Where the file has no ``train.ddp``.
-DDP_OPTIONS = {"broadcast_buffers": False}
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
-
-# YAML keys that checks name, and where a LazyConfig has the same.
-LAZY_KEYS = {
-    "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
-    "DATALOADER.MAX_CORRUPT_IMAGES": "train.max_corrupt_images",
-    "DATASETS.TEST": "dataloader.test.dataset.names",
-    "DATASETS.TRAIN": "dataloader.train.dataset.names",
-    "INPUT.FORMAT": "model.input_format",
-    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
-    "KD.DISTILLERS": "model.distillers",
-    "KD.SCHEDULE": "distillation_schedule",
-    "KD.TEACHER.CONFIG_FILE": "model.teacher.config_file",
-    "KD.TEACHER.OPTS": "model.teacher.opts",
-    "KD.TEACHER.WEIGHTS": "model.teacher.weights",
-    "MODEL.KEYPOINT_ON": "model.roi_heads.keypoint_head",
-    "MODEL.MASK_ON": "model.roi_heads.mask_head",
-    "MODEL.PIXEL_MEAN": "model.pixel_mean",
-    "MODEL.PIXEL_STD": "model.pixel_std",
-    "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
-    "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": "model.roi_heads.keypoint_head.num_keypoints",
-    "MODEL.WEIGHTS": "train.init_checkpoint",
-    "OUTPUT_DIR": "train.output_dir",
-    "SOLVER.BASE_LR": "optimizer.lr",
-    "SOLVER.EMA.DECAY": "train.ema_decay",
-    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
-    "TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas",
-}
 
 
 class LazyTrainLoop(DistillationTrainLoop):
@@ -121,29 +85,24 @@ def run(args) -> None:
     if not torch.cuda.is_available() and cfg.train.device == "cuda":
         cfg.train.device = "cpu"
         print("train.device is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
-    if args.eval_only:
+    training = not args.eval_only
+    if not training:
         plain(cfg.model)
-    with errors_with_lazy_keys():
-        yaml_view = as_yaml(cfg)
-        check_output_dir(yaml_view, resume=args.resume, training=not args.eval_only)
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_detectron")
-        if args.resume and not args.eval_only and comm.is_main_process():
-            check_same_lazy_run(cfg)
-        with keep_run_config(yaml_view) if args.eval_only else contextlib.nullcontext():
-            default_setup(cfg, args)
-        model = build(cfg)
-        describe_model(yaml_view, model)
-        if yaml_view.DATASETS.TEST if args.eval_only else yaml_view.DATASETS.TRAIN:
-            check_data(yaml_view, train=not args.eval_only)
-        else:
-            logger.warning("no dataset is named in dataloader: its files are not checked")
-        if args.eval_only:
-            DistillationCheckpointer(
-                model, cfg.train.output_dir, weights_key="train.init_checkpoint"
-            ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-            evaluate(cfg, model)
-        else:
-            train(cfg, model, resume=args.resume)
+    yaml_view = as_yaml(cfg)
+    prepare_folder(args, cfg, yaml_view, training=training, check_same=check_same_lazy_run)
+    model = build(cfg)
+    describe_model(yaml_view, model)
+    if yaml_view.DATASETS.TRAIN if training else yaml_view.DATASETS.TEST:
+        check_data(yaml_view, train=training)
+    else:
+        logger.warning("no dataset is named in dataloader: its files are not checked")
+    if training:
+        train(cfg, model, yaml_view.KD.SCHEDULE, resume=args.resume)
+    else:
+        DistillationCheckpointer(
+            model, cfg.train.output_dir, weights_key="train.init_checkpoint"
+        ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        evaluate(cfg, model)
 
 
 def read_config(name: str, opts: list[str]) -> DictConfig:
@@ -203,7 +162,6 @@ def build(cfg: DictConfig) -> nn.Module:
         ) from error
     for name, distiller in getattr(model, "distillers", {}).items():
         check_fits(name, distiller.requires, model, model_spec(model), model.teacher)
-    check_layers(cfg.model, model)
     order = getattr(model, "input_format", None)
     for part in ("train", "test"):
         read = OmegaConf.select(cfg, f"dataloader.{part}.mapper.image_format")
@@ -215,51 +173,10 @@ def build(cfg: DictConfig) -> nn.Module:
     return model
 
 
-def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
-    """Refuses distillers whose layers are of other sizes than student and teacher need.
-
-    A YAML config's distillers are sized by ``Distiller.from_specs``, a LazyConfig's by its author:
-    they are compared with those that ``from_specs`` makes.
-    """
-    distillers = getattr(model, "distillers", {})
-    entries = model_cfg.get("distillers", ())
-    entries = entries.values() if OmegaConf.is_dict(entries) else entries
-    for (name, distiller), entry in zip(distillers.items(), entries, strict=True):
-        options = {key: entry[key] for key in option_defaults(type(distiller)) if key in entry}
-        student, teacher = model_spec(model), model.teacher.spec
-        with torch.device("meta"):
-            needed = type(distiller).from_specs(student, teacher, **options).state_dict()
-        own = distiller.state_dict()
-        for key in sorted(own.keys() | needed.keys()):
-            shapes = [tuple(x[key].shape) if key in x else "absent" for x in (own, needed)]
-            if shapes[0] != shapes[1]:
-                raise ConfigError(
-                    f"model.distillers: '{key}' of {name} is {shapes[0]} where the models need "
-                    f"{shapes[1]}; the student's levels have {list(student.channels.values())} "
-                    f"channels and its box head {student.box_channels}, the teacher's "
-                    f"{list(teacher.channels.values())} and {teacher.box_channels}: set the "
-                    f"arguments of {name} to these"
-                )
-
-
-def schedule_of(cfg: DictConfig) -> CfgNode:
-    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``."""
-    yaml_cfg = get_cfg()
-    add_kd_config(yaml_cfg)
-    schedule = yaml_cfg.KD.SCHEDULE
-    for key, value in cfg.get("distillation_schedule", {}).items():
-        if key not in schedule:
-            raise ConfigError(
-                f"distillation_schedule has the key {key}{did_you_mean(key, schedule)}"
-            )
-        schedule[key] = value
-    return schedule
-
-
 def as_yaml(cfg: DictConfig) -> CfgNode:
-    """A YAML config that says of folder, data, keypoints and teacher what a LazyConfig says.
+    """A YAML config that says of folder, data, teacher and schedule what a LazyConfig says.
 
-    Only for checks: :func:`describe_model` adds what they ask of the model.
+    :func:`describe_model` adds what the checks ask of the model.
     """
     yaml_view = get_cfg()
     add_kd_config(yaml_view)
@@ -277,6 +194,8 @@ def as_yaml(cfg: DictConfig) -> CfgNode:
     yaml_view.KD.TEACHER.CONFIG_FILE = teacher.get("config_file", "")
     yaml_view.KD.TEACHER.WEIGHTS = teacher.get("weights", "")
     yaml_view.KD.TEACHER.OPTS = plain_list(teacher.get("opts", ()))
+    for key, value in cfg.get("distillation_schedule", {}).items():
+        merge_opts(yaml_view, [f"KD.SCHEDULE.{key}", value], source="distillation_schedule")
     return yaml_view
 
 
@@ -298,41 +217,28 @@ def describe_model(yaml_view: CfgNode, model: nn.Module) -> None:
         yaml_view.KD.DISTILLERS = list(getattr(model, "distillers", {}))
 
 
-def to_lazy_keys(text: str) -> str:
-    """Adds to a message about YAML keys what they are called in a LazyConfig."""
-    names = [f"{key} is {lazy}" for key, lazy in LAZY_KEYS.items() if key in text]
-    return f"{text} (in a LazyConfig {', '.join(names)})" if names else text
-
-
-@contextlib.contextmanager
-def errors_with_lazy_keys() -> Iterator[None]:
-    """Errors for the user are raised again with the names of a LazyConfig's keys."""
-    try:
-        yield
-    except (ConfigError, CorruptImageError, NonFiniteLossError) as error:
-        raise type(error)(to_lazy_keys(str(error))) from error
-
-
-def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
+def train(cfg: DictConfig, model: nn.Module, schedule: CfgNode, *, resume: bool) -> None:
     """Trains a model, evaluates it every ``train.eval_period`` and writes the plain student.
 
     Args:
         cfg: the LazyConfig.
         model: built from it.
+        schedule: ``KD.SCHEDULE``.
         resume: go on with the run in ``train.output_dir``, batches and random state included.
     """
     output_dir = cfg.train.output_dir
     if cfg.train.amp.enabled and cfg.train.device == "cpu":
         raise ConfigError("train.amp.enabled is True but train.device is 'cpu'; set it to False")
-    warn_of_pixel_statistics(model, to_lazy_keys)
+    warn_of_pixel_statistics(model)
     seed = cfg.train.get("seed", -1)
     seed = seed if seed >= 0 else comm.shared_random_seed()
     loader = build_lazy_train_loader(
         cfg.dataloader.train, seed=seed, max_corrupt_images=cfg.train.get("max_corrupt_images", 0)
     )
     cfg.optimizer.params.model = model
+    ddp_options = cfg.train.get("ddp", {"broadcast_buffers": False})
     trainer = LazyTrainLoop(
-        create_ddp_model(model, device_ids=None, **cfg.train.get("ddp", DDP_OPTIONS)),
+        create_ddp_model(model, device_ids=None, **ddp_options),
         instantiate(cfg.dataloader.train) if loader is None else loader,
         instantiate(cfg.optimizer),
         seed=seed,
@@ -349,8 +255,7 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
         checkpointer.saved_weights = own[0].applied
     if getattr(model, "teacher", None) is not None:
         own.append(TeacherGuard(model.teacher))
-        if "distillation_schedule" in cfg:
-            own.append(DistillationSchedule(model, schedule_of(cfg), cfg.train.max_iter))
+        own.append(DistillationSchedule(model, schedule, cfg.train.max_iter))
     main_only = [
         hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
         hooks.PeriodicWriter(
@@ -372,7 +277,6 @@ def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             *main_only[:1],
             hooks.EvalHook(cfg.train.eval_period, evaluate_now),
-            LossHistory(),
             WriteResult(output_dir, run_facts(model, seed)),
             # The writer comes last, to write also what the evaluation found.
             *main_only[1:],

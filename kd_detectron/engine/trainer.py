@@ -40,13 +40,11 @@ from .hooks import (
     DistillationSchedule,
     ExportStudent,
     KeepBest,
-    LossHistory,
     StepSeed,
     StopOnSignal,
     TeacherGuard,
     WriteResult,
 )
-from .pictures import TrainingPictures
 from .train_loop import ContinuedTraining, DistillationTrainLoop
 from .weight_average import WeightAverage
 
@@ -79,7 +77,6 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             model,
             device_ids=None,  # the model's own, also on the CPU
             broadcast_buffers=False,
-            find_unused_parameters=loses_levels(cfg, model),
         )
         self._trainer = DistillationTrainLoop.from_config(cfg, distributed, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -171,7 +168,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
 
-        ret += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate), LossHistory()]
+        ret += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
         if cfg.TEST.AUG.ENABLED:
             ret.append(hooks.EvalHook(0, evaluate_with_augmentation))
         if getattr(model, "distillers", None):
@@ -180,8 +177,6 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             ret.append(TeacherGuard(teacher))
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
             ret.append(KeepBest(self.checkpointer, cfg.TEST.EVAL_PERIOD, main_metric(cfg)))
-        if comm.is_main_process() and cfg.VIS_PERIOD > 0:
-            ret.append(TrainingPictures(cfg, model))
         # The result before the export, which can fail.
         ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent(cfg)]
         return [*ret, *writer, stop]
@@ -272,24 +267,6 @@ def build_weight_average(cfg: CfgNode, model) -> WeightAverage:
             "the statistics of weights that are not averaged; set one of them to False"
         )
     return WeightAverage(model, cfg.SOLVER.EMA.DECAY)
-
-
-def loses_levels(cfg: CfgNode, model) -> bool:
-    """Whether layers get no gradient once distillation stops, since it alone reads their level.
-
-    DistributedDataParallel must then look for them in each step.
-    """
-    if not getattr(model, "distillers", None) or not cfg.KD.SCHEDULE.STOP_ITER:
-        return False
-    parts = (model, *(getattr(model, x, None) for x in ("proposal_generator", "roi_heads")))
-    parts += (getattr(model, "sem_seg_head", None),)
-    read = {
-        level
-        for part in parts
-        for name in ("in_features", "box_in_features", "head_in_features")
-        for level in getattr(part, name, None) or ()
-    }
-    return not read.issuperset(model.backbone.output_shape())
 
 
 def student_parameters(model) -> int:

@@ -1,7 +1,6 @@
 """LazyConfig students: the example is its YAML twin, trains, resumes, and evaluates alone.
 
-Its checks are those of the YAML command; here, that they are made, and said in the LazyConfig's
-keys.
+Its checks are those of the YAML command; here, that they are made.
 """
 
 import json
@@ -24,7 +23,6 @@ from kd_detectron.engine.lazy import (
     describe_model,
     main,
     plain,
-    to_lazy_keys,
 )
 from kd_detectron.errors import ConfigError
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES
@@ -83,9 +81,6 @@ dataloader = dict(
 model.roi_heads.num_classes = {classes}
 model.teacher.opts = ["MODEL.ROI_HEADS.NUM_CLASSES", {classes}]
 """
-
-
-ANCHORS = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32],[64],[128],[256],[512]]"]
 
 
 @pytest.fixture
@@ -165,11 +160,8 @@ def test_distillers_of_other_outputs_train_or_are_refused(config, capsys):
     first = metrics(output)[0]
     assert all(first[f"loss_{name}"] > 0 for name in ("pkd", "rpnkd", "boxkd"))
     assert json.loads((output / "result.json").read_text())["distillation_weights"]["PKD"] == 0.5
-    for words, opt in (
-        (["'RPNKD'", "set of anchors of p2"], "model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]"),
-        (["PKD", "channels", "model.distillers"], f"model.teacher.opts={[*ANCHORS]}"),
-    ):
-        refused(capsys, path, [opt, f"train.output_dir={output}2"], words)
+    opts = ["model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]", f"train.output_dir={output}2"]
+    refused(capsys, path, opts, ["'RPNKD'", "set of anchors of p2"])
 
 
 def test_weights_can_be_averaged(config):
@@ -219,8 +211,6 @@ def test_resumed_run_equals_the_uninterrupted_one(config_with_data, monkeypatch,
     actual, expected = (torch.load(x / "model_final.pth") for x in (output, straight))
     for name, tensor in expected["model"].items():
         assert torch.equal(actual["model"][name], tensor), name
-    curves = [x["trainer"]["hooks"]["LossHistory"] for x in (actual, expected)]
-    assert curves[0] == curves[1] and len(curves[0]["loss_ckd"]) == 3
     iterations = [record["iteration"] for record in metrics(output) if "loss_ckd" in record]
     assert iterations == [0, 1, 2]
 
@@ -250,13 +240,12 @@ def refused(capsys, path, opts, words):
         (["train"], ["'train'", "key=value"]),
         (["optimzer.lr=0.1"], ["optimzer.lr", "did you mean optimizer"]),
         (["modl=1"], ["modl", "did you mean model"]),
-        (
-            ["model.distillers.1.out_channels=[40,40,40,40,32]"],
-            ["of ReviewKD is (", "teacher's [40, 40, 40, 40, 40]", "set the arguments"],
-        ),
         (["model.distillers.1.in_channels=[24,24,24,24]"], ["cannot be built (ValueError: "]),
         (["model.distillation_weights.ckd=0.1"], ["names 'ckd'", "did you mean CKD"]),
-        (["distillation_schedule.DECAI=linear"], ["DECAI", "did you mean DECAY"]),
+        (
+            ["distillation_schedule.DECAI=linear"],
+            ["KD.SCHEDULE.DECAI", "did you mean KD.SCHEDULE.DECAY"],
+        ),
         (["train.amp.enabled=True"], ["train.amp.enabled is True but train.device is 'cpu'"]),
         (
             ["dataloader.train.mapper.image_format=BGR"],
@@ -264,21 +253,19 @@ def refused(capsys, path, opts, words):
         ),
         (
             ["dataloader.train.dataset.names=lazy_shape"],
-            ["'lazy_shape'", "lazy_shapes?", "DATASETS.TRAIN is dataloader.train.dataset.names"],
+            ["'lazy_shape'", "lazy_shapes?", "DATASETS.TRAIN"],
         ),
         (
             ["model.roi_heads.num_classes=9", "model.teacher.opts.1=9"],
-            ["lazy_shapes", "NUM_CLASSES is 9", "is model.roi_heads.num_classes"],
+            ["lazy_shapes", "NUM_CLASSES is 9"],
         ),
         (
             ["dataloader.train.total_batch_size=0"],
-            ["IMS_PER_BATCH is 0 for 1 processes", "is dataloader.train.total_batch_size"],
+            ["IMS_PER_BATCH is 0 for 1 processes"],
         ),
     ],
 )
-def test_wrong_input_is_answered_in_the_keys_of_a_lazy_config(
-    config_with_data, capsys, opts, words
-):
+def test_wrong_input_is_refused(config_with_data, capsys, opts, words):
     path, output = config_with_data
     refused(capsys, path, opts, words)
     assert not os.path.isfile(output / "last_checkpoint")
@@ -294,10 +281,9 @@ def test_pixel_statistics_corrupt_and_missing_images_are_looked_at(
     assert main(["--config-file", path, "model.pixel_mean=[0.485,0.456,0.406]"]) == 1
     said = capsys.readouterr()
     assert "MODEL.PIXEL_MEAN [0.485, 0.456, 0.406] and" in said.out
-    assert "MODEL.PIXEL_MEAN is model.pixel_mean" in said.out
-    assert "cannot use image" in said.err and "is train.max_corrupt_images" in said.err
+    assert "cannot use image" in said.err
     images[0].unlink()
-    words = ["'lazy_shapes'", "1 of 5 images", images[0].name, "dataloader.train.dataset.names"]
+    words = ["'lazy_shapes'", "1 of 5 images", images[0].name]
     refused(capsys, path, [], words)
 
 
@@ -310,14 +296,13 @@ def test_classes_of_the_teacher_in_another_order_are_refused(config_with_data, c
     entry = [["theirs", str(tmp_path / "theirs.json"), "images"]]
     write_tiny_teacher(tmp_path, ["DATASETS.COCO_FORMAT", entry, "DATASETS.TRAIN", ("theirs",)])
     words = ["class 0 is 'disc'", f"'{SYNTHETIC_CLASSES[-1]}'"]
-    words += ["model.teacher.config_file", "model.teacher.opts"]
     refused(capsys, path, [], words)
 
 
 def test_folder_that_holds_another_run_is_refused(config, capsys, tmp_path):
     path, output = config
     assert main(["--config-file", path, "train.max_iter=1"]) == 0
-    refused(capsys, path, [], ["train.output_dir", "already holds a run", "--resume"])
+    refused(capsys, path, [], ["OUTPUT_DIR", "already holds a run", "--resume"])
     before = (output / "config.yaml").read_text()
     opts = ["--resume", "model.roi_heads.box_head.fc_dims=[48]", "optimizer.lr=0.1"]
     words = ["model.roi_heads.box_head.fc_dims was [40] and is [48]", "another run"]
@@ -345,14 +330,6 @@ def test_file_that_is_no_lazy_config_is_refused(config, capsys, tmp_path):
         main(["--config-file", str(tmp_path / "broken.py"), "--debug"])
 
 
-def test_message_about_yaml_keys_gives_their_names_in_a_lazy_config():
-    assert to_lazy_keys("KD.TEACHER.WEIGHTS 'x' in OUTPUT_DIR") == (
-        "KD.TEACHER.WEIGHTS 'x' in OUTPUT_DIR (in a LazyConfig KD.TEACHER.WEIGHTS is "
-        "model.teacher.weights, OUTPUT_DIR is train.output_dir)"
-    )
-    assert to_lazy_keys("model.teacher is wrong") == "model.teacher is wrong"
-
-
 def test_model_that_tells_nothing_of_itself_is_no_error():
     model = torch.nn.Linear(1, 1)
     describe_model(yaml_view := as_yaml(LazyConfig.load(str(EXAMPLE))), model)
@@ -370,7 +347,6 @@ def test_distillers_that_do_not_fit_are_refused(config, capsys):
     assert main(["--config-file", path, *opts]) == 2
     said = capsys.readouterr().err
     assert "MODEL.ROI_HEADS.NUM_CLASSES is 4 for the student and 3 for the teacher" in said
-    assert "MODEL.ROI_HEADS.NUM_CLASSES is model.roi_heads.num_classes" in said
     assert not os.path.isfile(output / "model_final.pth")
 
 
