@@ -228,8 +228,6 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         ConfigError: the file or a ``_BASE_`` of it is missing or unreadable, has an unknown key, a
             value of the wrong type, or a tag that can run code.
     """
-    # Folders of runs of 0.1.0 have this node, empty.
-    cfg.KD.OPTIONS = CN(new_allowed=True)
     try:
         _WithoutPythonTags.load_yaml_with_base(path)
         cfg.merge_from_file(path)
@@ -258,10 +256,6 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         ) from error
     except (KeyError, ValueError, AssertionError) as error:
         raise _readable(cfg, error, path) from error
-    finally:
-        options = cfg.KD.pop("OPTIONS")
-    for name in options:
-        raise ConfigError(_options_replaced(path, f"KD.OPTIONS.{name}"))
 
 
 _PYTHON_TAG = "tag:yaml.org,2002:python/"
@@ -295,8 +289,6 @@ def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:
     text = str(error.args[0]) if error.args else str(error)
     if "Non-existent" in text:
         key = text.rsplit(":", 1)[-1].strip()
-        if key.startswith("KD.OPTIONS"):
-            return ConfigError(_options_replaced(source, key))
         if key.startswith("KD.") and key.split(".")[1] not in cfg.KD:
             return ConfigError(
                 f"{source} sets {key}, but there is no node KD.{key.split('.')[1]}"
@@ -305,15 +297,6 @@ def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:
             )
         return ConfigError(f"{source} sets {key}, which is no config key{_near_keys(cfg, key)}")
     return ConfigError(f"{source}: {text}")
-
-
-def _options_replaced(source: str, key: str) -> str:
-    *_, name, option = [*key.split("."), "..."] if key.count(".") == 2 else key.split(".")
-    name = "<NAME>" if name in ("KD", "OPTIONS") else name.upper()
-    return (
-        f"{source} sets {key}; a distiller of your own has a node like the built-in ones, in place "
-        f"of KD.OPTIONS: set KD.{name}.{option}"
-    )
 
 
 def _near_keys(cfg: CfgNode, key: str) -> str:

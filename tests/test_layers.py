@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 # Each part may import those of the lines above its own.
 LAYERS = (
     ("errors", "atomic_files"),
-    ("commands", "context", "losses", "data", "backbones"),
+    ("commands", "context", "inherit", "losses", "data", "backbones"),
     ("distillers", "runs"),
     ("config",),
     ("checkpoint",),
@@ -28,6 +28,7 @@ WITHOUT_DETECTRON2 = (
     "atomic_files",
     "commands",
     "context",
+    "inherit",
     "losses",
     "distillers",
     "runs",

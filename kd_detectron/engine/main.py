@@ -37,7 +37,7 @@ from kd_detectron.preflight.resume import check_output_dir, check_same_run
 
 from .check import check
 from .launch import start
-from .trainer import DistillationTrainer, student_parameters, unwrap
+from .trainer import DistillationTrainer, describe, unwrap
 
 logger = logging.getLogger("kd_detectron")
 
@@ -134,7 +134,9 @@ def train(cfg: CfgNode, *, resume: bool) -> None:
             trainer.start_iter,
         )
         return
-    log_start(trainer)
+    model = unwrap(trainer.model)
+    warn_of_pixel_statistics(model)
+    logger.info("Random seed: %d\n%s", trainer.seed, describe(model))
     trainer.train()
 
 
@@ -161,27 +163,3 @@ def evaluate_teacher(cfg: CfgNode) -> dict:
     teacher_cfg.INPUT.FORMAT = input_format
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     return DistillationTrainer.test(teacher_cfg, model)
-
-
-def log_start(trainer: DistillationTrainer) -> None:
-    """Logs student, teacher and distillers with their sizes and weights."""
-    model = unwrap(trainer.model)
-    warn_of_pixel_statistics(model)
-    logger.info("Random seed: %d", trainer.seed)
-    distillers = getattr(model, "distillers", {})
-    logger.info("Student: %.1f M parameters", student_parameters(model) / 1e6)
-    if not distillers:
-        logger.info("No distillation: plain %s", type(model).__name__)
-        return
-    teacher = model.teacher
-    logger.info(
-        "Teacher: %s, %.1f M parameters, frozen", teacher.name, teacher.num_parameters / 1e6
-    )
-    for name, distiller in distillers.items():
-        parameters = sum(p.numel() for p in distiller.parameters())
-        logger.info(
-            "Distiller: %s, weight %g%s",
-            name,
-            model.distillation_weights[name],
-            f", {parameters / 1e6:.2f} M parameters of its own" if parameters else "",
-        )

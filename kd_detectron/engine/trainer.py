@@ -14,7 +14,7 @@ import weakref
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -146,14 +146,25 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         teacher = getattr(model, "teacher", None)
         stop = StopOnSignal(self.checkpointer)
         ret = super().build_hooks()
-        limit_checkpoints(ret, cfg)
+        keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+        for hook in ret:
+            if isinstance(hook, hooks.PeriodicCheckpointer) and keep > 0:
+                hook.max_to_keep = keep
+                # Those of the run that is resumed count as well; other files are not ours.
+                pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
+                hook.recent_checkpoints = sorted(glob.glob(pattern))
         # Detectron2 ends its list with the evaluation and, on the main process, the writer:
         # whatever is put into the storage must come before that.
         writer = [ret.pop()] if comm.is_main_process() else []
         ret.pop()
         ret.insert(0, self._step_seed)
         if cfg.SOLVER.EMA.ENABLED:
-            average = build_weight_average(cfg, model)
+            if cfg.TEST.PRECISE_BN.ENABLED:
+                raise ConfigError(
+                    "SOLVER.EMA.ENABLED and TEST.PRECISE_BN.ENABLED are both True, but PreciseBN "
+                    "estimates the statistics of weights that are not averaged; set one to False"
+                )
+            average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
             self.checkpointer.saved_weights = average.applied
             ret.insert(1, average)
 
@@ -177,7 +188,6 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             ret.append(TeacherGuard(teacher))
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
             ret.append(KeepBest(self.checkpointer, cfg.TEST.EVAL_PERIOD, main_metric(cfg)))
-        # The result before the export, which can fail.
         ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent(cfg)]
         return [*ret, *writer, stop]
 
@@ -224,23 +234,6 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         return {f"{key}_TTA": value for key, value in results.items()}
 
 
-def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
-    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any."""
-    keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
-    if keep < 0:
-        raise ConfigError(
-            f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {keep}; give how many checkpoints to keep, or 0 for "
-            "all of them"
-        )
-    for hook in built:
-        if keep and isinstance(hook, hooks.PeriodicCheckpointer):
-            hook.max_to_keep = keep
-            # Those of the run that is resumed count as well; other files are not ours to delete.
-            if hook.checkpointer.has_checkpoint():
-                pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
-                hook.recent_checkpoints = sorted(glob.glob(pattern))
-
-
 def unwrap(model):
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -255,20 +248,6 @@ def main_metric(cfg: CfgNode) -> str:
     return f"{cfg.DATASETS.TEST[0]}/{metric}" if len(cfg.DATASETS.TEST) > 1 else metric
 
 
-def build_weight_average(cfg: CfgNode, model) -> WeightAverage:
-    """The hook of ``SOLVER.EMA``.
-
-    Raises:
-        ConfigError: PreciseBN is on, whose statistics are those of the weights before averaging.
-    """
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ConfigError(
-            "SOLVER.EMA.ENABLED and TEST.PRECISE_BN.ENABLED are both True, but PreciseBN estimates "
-            "the statistics of weights that are not averaged; set one of them to False"
-        )
-    return WeightAverage(model, cfg.SOLVER.EMA.DECAY)
-
-
 def student_parameters(model) -> int:
     """Number of the student's parameters, without the distillers' own."""
     return sum(
@@ -276,19 +255,28 @@ def student_parameters(model) -> int:
     )
 
 
+def describe(model) -> str:
+    """Teacher, distillers and student with their sizes and weights, one line each."""
+    lines = [f"student  {student_parameters(model) / 1e6:.1f} M parameters"]
+    if teacher := getattr(model, "teacher", None):
+        distilled = model.distillation_weights.items()
+        lines = [
+            f"teacher  {teacher.name}: {teacher.num_parameters / 1e6:.1f} M parameters",
+            *(f"distil   {name}, weight {weight:g}" for name, weight in distilled),
+            *lines,
+        ]
+    return "\n".join(lines)
+
+
 def run_facts(model, seed: int) -> dict:
     """What ``result.json`` says of a run beside its results."""
     teacher = getattr(model, "teacher", None)
-    distillers = getattr(model, "distillers", None)
     return {
-        "distillers": list(distillers) if distillers else [],
-        "distillation_weights": dict(model.distillation_weights) if distillers else {},
+        "distillers": list(getattr(model, "distillers", ())),
+        "distillation_weights": dict(getattr(model, "distillation_weights", {})),
         "teacher": teacher.name if teacher else "",
         "teacher_parameters": teacher.num_parameters if teacher else 0,
         "student_parameters": student_parameters(model),
-        "distiller_parameters": sum(p.numel() for p in distillers.parameters())
-        if distillers
-        else 0,
         "seed": seed,
         "torch": torch.__version__,
     }

@@ -18,7 +18,7 @@ from kd_detectron.errors import ConfigError, did_you_mean
 
 from .compatibility import check_fits
 from .frozen_teacher import FrozenTeacher, model_spec
-from .inherit import inherit
+from .inherit import inherit_parts
 from .teacher_loading import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
         for name in names:
             build_distiller(name, options[name], student_spec, student_spec)
         model, input_format = load_teacher(cfg)
-        inherit(inherited, student, model)
+        inherit_parts(inherited, student, model)
         if not names:
             return nothing
         teacher = FrozenTeacher.from_model(model, input_format, cfg)
