@@ -79,14 +79,13 @@ class DistillationCheckpointer(DetectionCheckpointer):
         self.weights_key = weights_key
         self.incompatible: _IncompatibleKeys | None = None
         self.saved_weights: Callable[[], AbstractContextManager] = nullcontext
-        self._tag_last = True
         self._source = weights_key
         # One process writes a run's folder, so unfinished files are those of a killed one.
         if save_dir and self.save_to_disk and self.checkpointables:
             remove_unfinished_files(save_dir)
 
-    def save(self, name: str, *, tag_last: bool = True, **kwargs: Any) -> None:
-        """Writes a checkpoint, as Detectron2's does; ``tag_last``: a resume goes on from this one.
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Writes a checkpoint, as Detectron2's does.
 
         Raises:
             NonFiniteLossError: a weight or buffer is NaN or infinite; nothing is written.
@@ -100,13 +99,12 @@ class DistillationCheckpointer(DetectionCheckpointer):
                     f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
                     "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
                 )
-        self._tag_last = tag_last
         with self.saved_weights():
             super().save(name, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Makes a file the one to resume from, unless :meth:`save` was told otherwise."""
-        if self._tag_last:
+        """Makes a file the one to resume from; the best checkpoint never is."""
+        if last_filename_basename != "model_best.pth":
             super().tag_last_checkpoint(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:

@@ -165,7 +165,7 @@ class KeepBest(HookBase):
         elif value > self._best:
             self._best = value
             best = {self._metric: value}
-            self._checkpointer.save("model_best", tag_last=False, iteration=iteration, best=best)
+            self._checkpointer.save("model_best", iteration=iteration, best=best)
 
 
 class ExportStudent(HookBase):

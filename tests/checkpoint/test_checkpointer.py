@@ -182,10 +182,10 @@ with atomic_open({str(tmp_path / "model_final.pth")!r}) as file:
     assert os.listdir(tmp_path) == []
 
 
-def test_checkpoint_can_be_written_without_becoming_the_one_to_resume_from(tmp_path):
+def test_best_checkpoint_is_not_the_one_to_resume_from(tmp_path):
     checkpointer = DistillationCheckpointer(small_model(), str(tmp_path))
     checkpointer.save("model_0000001")
-    checkpointer.save("model_best", tag_last=False)
+    checkpointer.save("model_best")
     assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
     checkpointer.save("model_0000002")
     assert checkpointer.get_checkpoint_file().endswith("model_0000002.pth")
