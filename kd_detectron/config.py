@@ -23,6 +23,7 @@ from detectron2.config import CfgNode, get_cfg
 from kd_detectron.backbones.config import add_backbone_config
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, option_defaults
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.runs.files import flatten
 
 CN = CfgNode
 
@@ -239,16 +240,11 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             + (f": write '{known}'" if known.is_file() else "")
         ) from error
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        line = f" (line {where.line + 1}: {what})" if where else f" ({what})"
-        if _PYTHON_TAG in what:
-            tag = what.partition(_PYTHON_TAG)[2].rstrip("'")
-            raise ConfigError(
-                f"{where.name} has the tag !!python/{tag} in line {where.line + 1}, which can run "
-                "code when the file is read; write plain YAML values"
-            ) from error
-        raise ConfigError(f"{path} is not readable YAML{line}; correct the file") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} is not readable YAML ({reason}); write plain YAML values, without tags that "
+            "can run code"
+        ) from error
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"{path} is no Detectron2 config ({error}); it should hold KEY: VALUE, such as "
@@ -256,9 +252,6 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         ) from error
     except (KeyError, ValueError, AssertionError) as error:
         raise _readable(cfg, error, path) from error
-
-
-_PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
 class _WithoutPythonTags(CfgNode):
@@ -300,18 +293,9 @@ def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:
 
 
 def _near_keys(cfg: CfgNode, key: str) -> str:
-    keys = list(_all_keys(cfg))
+    keys = list(flatten(cfg))
     # yacs names the full key, or only its last part when the fault lies in an override.
-    same_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-    if same_leaf:
-        return did_you_mean(key, same_leaf)
-    node = key.rsplit(".", 1)[0]
-    siblings = [known for known in keys if known.rsplit(".", 1)[0] == node]
-    return did_you_mean(key, siblings or keys)
-
-
-def _all_keys(node: CfgNode, prefix: str = ""):
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _all_keys(value, f"{prefix}{key}.")
+    node, _, leaf = key.rpartition(".")
+    same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
+    siblings = [known for known in keys if known.rpartition(".")[0] == node]
+    return did_you_mean(key, same_leaf or siblings or keys)

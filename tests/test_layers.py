@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 # Each part may import those of the lines above its own.
 LAYERS = (
     ("errors", "atomic_files"),
-    ("commands", "context", "inherit", "losses", "data", "backbones"),
+    ("commands", "context", "inherit", "taps", "losses", "data", "backbones"),
     ("distillers", "runs"),
     ("config",),
     ("checkpoint",),
@@ -29,6 +29,7 @@ WITHOUT_DETECTRON2 = (
     "commands",
     "context",
     "inherit",
+    "taps",
     "losses",
     "distillers",
     "runs",

@@ -29,10 +29,10 @@ from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.commands import parse_arguments
 from kd_detectron.config import add_kd_config, find_config, merge_opts
 from kd_detectron.data import ResumableLoader, build_lazy_train_loader
-from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
-from kd_detectron.modeling.teacher_loading import plain_list, run_lazy_file
+from kd_detectron.modeling.teacher_loading import check_lazy_key, plain_list, run_lazy_file
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
@@ -130,11 +130,7 @@ def read_config(name: str, opts: list[str]) -> DictConfig:
         key, equals, _ = opt.lstrip("+").partition("=")  # hydra's sign of a new key
         if not equals:
             raise ConfigError(f"the command line gives '{opt}'; overrides are written key=value")
-        # A new leaf is an argument that the file leaves at its default; a new node is a typo.
-        node = key.rpartition(".")[0]
-        if (key not in cfg) if not node else (OmegaConf.select(cfg, node) is None):
-            near = did_you_mean(key.partition(".")[0], cfg)
-            raise ConfigError(f"the command line sets {key}, but there is no '{node or key}'{near}")
+        check_lazy_key(cfg, key, source="the command line")
     return LazyConfig.apply_overrides(cfg, opts)
 
 

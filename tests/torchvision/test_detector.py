@@ -245,7 +245,7 @@ def test_auto_with_nothing_to_inherit_is_refused():
         ),
         (
             lambda: DistilledDetector(detector(), detector(num_classes=5), ["CKD"]),
-            [f"{NUM_CLASSES} classes", "5", "teacher", "CKD"],
+            [f"classes without the background is {NUM_CLASSES}", "5 for the teacher", "CKD"],
         ),
         (
             lambda: DistilledDetector(
