@@ -312,9 +312,7 @@ def test_yaml_files_run_no_code(tmp_path, tag):
         lambda: teacher_config(get_config("ckd_rcnn_r101_r18.yaml", teacher)),
         lambda: load_run_config(tmp_path / "run"),
     ):
-        with pytest.raises(
-            ConfigError, match=rf"python/{tag}' in \S+yaml\", line 2, .* can run code"
-        ):
+        with pytest.raises(ConfigError, match=rf"python/{tag}' in .*line 2, .* can run code"):
             read()
 
 

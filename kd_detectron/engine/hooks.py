@@ -24,7 +24,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from kd_detectron.checkpoint import atomic_open, export_student
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import INTERRUPTED_EXIT_CODE
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, RESULT, write_result
@@ -169,21 +169,17 @@ class KeepBest(HookBase):
 
 
 class ExportStudent(HookBase):
-    """Writes ``student_final.pth``, which plain Detectron2 loads, when training is complete.
+    """Has the trainer write ``student_final.pth`` when training is complete.
 
     For a student that plain Detectron2 cannot build, such as a user's own class with additional
     layers, an error is logged instead.
     """
 
-    def __init__(self, cfg):
-        self._cfg = cfg
-
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter or not comm.is_main_process():
             return
-        folder = self._cfg.OUTPUT_DIR
         try:
-            export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self._cfg)
+            self.trainer.export()
         except ConfigError as error:
             logger.error("student_final.pth was not written: %s", error)
 

@@ -124,13 +124,17 @@ def prepare_folder(
 def train(cfg: CfgNode, *, resume: bool) -> None:
     """Trains, evaluates and exports the student of a config."""
     check_data(cfg)
-    trainer = DistillationTrainer(cfg)
+    run_trainer(DistillationTrainer(cfg), resume=resume)
+
+
+def run_trainer(trainer: DistillationTrainer, *, resume: bool) -> None:
+    """Trains to the end, from the start or from the last checkpoint."""
     trainer.resume_or_load(resume=resume)
     if trainer.finished:
         logger.info(
             "The run in %s is finished after %d iterations: nothing to do. Raise SOLVER.MAX_ITER "
             "to extend it, or give --eval-only to evaluate it again",
-            cfg.OUTPUT_DIR,
+            trainer.cfg.OUTPUT_DIR,
             trainer.start_iter,
         )
         return

@@ -11,6 +11,7 @@ import glob
 import logging
 import os
 import weakref
+from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -29,8 +30,8 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.data.loader import build_train_loader
+from kd_detectron.checkpoint import DistillationCheckpointer, export_student
+from kd_detectron.data.loader import ResumableLoader, build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
 from kd_detectron.preflight.evaluation import evaluator_type
@@ -57,7 +58,12 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
     Attributes:
         seed: the run's seed: ``cfg.SEED``, or a random one where that is negative; kept in
             checkpoints.
+        ddp_options: of DistributedDataParallel.
+        log_period: iterations from one line of ``metrics.json`` to the next.
     """
+
+    ddp_options: Mapping = {"broadcast_buffers": False}
+    log_period = 20
 
     def __init__(self, cfg: CfgNode):
         """
@@ -76,7 +82,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         distributed = create_ddp_model(
             model,
             device_ids=None,  # the model's own, also on the CPU
-            broadcast_buffers=False,
+            **self.ddp_options,
         )
         self._trainer = DistillationTrainLoop.from_config(cfg, distributed, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -126,7 +132,13 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
                 "with this run, or give another OUTPUT_DIR"
             )
         self._step_seed.seed = self.seed
-        self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
+        if isinstance(self.data_loader, ResumableLoader):
+            self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
+        elif self.start_iter:
+            logger.warning(
+                "dataloader.train is no call of build_detection_train_loader that can be continued:"
+                " the resumed run draws its batches anew"
+            )
         if not self.finished and comm.is_main_process():
             forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
 
@@ -155,7 +167,10 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
                 hook.recent_checkpoints = sorted(glob.glob(pattern))
         # Detectron2 ends its list with the evaluation and, on the main process, the writer:
         # whatever is put into the storage must come before that.
-        writer = [ret.pop()] if comm.is_main_process() else []
+        writer = []
+        if comm.is_main_process():
+            ret.pop()
+            writer = [hooks.PeriodicWriter(self.build_writers(), period=self.log_period)]
         ret.pop()
         ret.insert(0, self._step_seed)
         if cfg.SOLVER.EMA.ENABLED:
@@ -188,8 +203,13 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             ret.append(TeacherGuard(teacher))
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
             ret.append(KeepBest(self.checkpointer, cfg.TEST.EVAL_PERIOD, main_metric(cfg)))
-        ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent(cfg)]
+        ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent()]
         return [*ret, *writer, stop]
+
+    def export(self) -> None:
+        """Writes ``student_final.pth``, which plain Detectron2 loads, from ``model_final.pth``."""
+        folder = self.cfg.OUTPUT_DIR
+        export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self.cfg)
 
     def state_dict(self) -> dict:
         # After the last step Detectron2 counts one further, and a resume would skip an iteration.
