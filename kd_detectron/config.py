@@ -54,6 +54,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # behind the backbone's bottom-up network (FPN, RPN, heads). MODEL.WEIGHTS, which is loaded
     # afterwards, should name a backbone alone.
     cfg.KD.TEACHER.INHERIT = []
+    # The learning rate of the inherited parts, relative to that of the others; 0 leaves them as the
+    # teacher's. Small where the backbone has yet to learn the teacher's features.
+    cfg.KD.TEACHER.INHERIT_LR_FACTOR = 1.0
     # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []
     # Half-precision teacher on CUDA (bfloat16 where the GPU has it), and on the CPU where the
@@ -154,7 +157,7 @@ def find_config(name: str) -> str:
     known = [
         path.relative_to(config_dir()).as_posix()
         for path in config_dir().rglob("*.yaml")
-        if path.parent.name not in ("_base_", "studies")
+        if path.parent.name not in ("_base_", "studies", "torchvision")
     ]
     near = did_you_mean(os.path.basename(name) if os.path.isabs(name) else name, known)
     raise ConfigError(f"--config-file '{name}' is neither a file nor a known config{near}")

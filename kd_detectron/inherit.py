@@ -26,8 +26,8 @@ def inherit(
     modules: Sequence[str],
     why_not: Callable[[str, Sequence[str]], str],
     key: str,
-) -> None:
-    """Copies parts of the teacher into the student, in place.
+) -> list[str]:
+    """Copies parts of the teacher into the student, in place; returns the names of the tensors.
 
     Args:
         parts: the starts of the names of tensors; "auto" is each of ``modules`` that fits in whole.
@@ -42,9 +42,10 @@ def inherit(
         ConfigError: the teacher has no such part, or the student's is another; for "auto", nothing
             fits.
     """
+    copied: list[str] = []
     for part in parts:
         if part == AUTO:
-            _inherit_what_fits(student, teacher, modules, why_not, key)
+            copied += _inherit_what_fits(student, teacher, modules, why_not, key)
             continue
         inherited = _of(part, teacher)
         wrong = [k for k, t in inherited.items() if k not in student or student[k].shape != t.shape]
@@ -60,13 +61,15 @@ def inherit(
                 f"student lacks {len(wrong)} of them or has them in another shape, e.g. {wrong[0]};"
                 " name only parts that are built alike, or 'auto' for all that fit"
             )
-        _copy(inherited, student)
+        copied += _copy(inherited, student)
         logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))
+    return copied
 
 
 def _inherit_what_fits(
     student: Tensors, teacher: Tensors, modules: Sequence[str], why_not: Callable, key: str
-) -> None:
+) -> list[str]:
+    copied: list[str] = []
     fitting: list[str] = []
     reasons: list[str] = []
     for module in modules:
@@ -75,7 +78,7 @@ def _inherit_what_fits(
         if reason:
             reasons.append(f"{module} ({reason})")
         else:
-            _copy(theirs, student)
+            copied += _copy(theirs, student)
             fitting.append(module)
     if not fitting:
         example = f", e.g. {reasons[0]}" if reasons else ""
@@ -87,6 +90,7 @@ def _inherit_what_fits(
     logger.info("Inherited from the teacher: %s", ", ".join(fitting))
     if reasons:
         logger.info("Not inherited from the teacher: %s", "; ".join(reasons))
+    return copied
 
 
 def _of(start: str, tensors: Tensors) -> Tensors:
@@ -103,6 +107,7 @@ def _difference(module: str, ours: Tensors, theirs: Tensors) -> str:
     return ""
 
 
-def _copy(tensors: Tensors, student: Tensors) -> None:
+def _copy(tensors: Tensors, student: Tensors) -> list[str]:
     for name, tensor in tensors.items():
         student[name].copy_(tensor)
+    return list(tensors)

@@ -26,7 +26,7 @@ DEFAULTS = {
     "ReviewKD": {"WEIGHT": 1.0, "MID_CHANNELS": 256, "USE_ACT_CHECKPOINT": True},
     "KD": {"WEIGHT": 1.0, "TEMPERATURE": 1.0},
     "DKD": {"WEIGHT": 1.0, "ALPHA": 1.0, "BETA": 0.25, "TEMPERATURE": 1.0},
-    "FitNet": {"WEIGHT": 1.0},
+    "FitNet": {"WEIGHT": 1.0, "ADAPTER": True},
     "FGFI": {"WEIGHT": 0.01, "PSI": 0.5},
     "DCD": {"WEIGHT": 1.0, "EMBED_DIM": 128, "CONSISTENCY_WEIGHT": 0.5},
     "BicKD": {

@@ -70,3 +70,22 @@ def level_channels(
             f" {list(teacher.channels)}; choose a teacher with the student's levels"
         )
     return list(student.channels.values()), [teacher.channels[level] for level in student.channels]
+
+
+def check_same_channels(name: str, own: list[int], others: list[int], instead: str) -> None:
+    """Refuses levels of different widths, for a distiller that compares channel with channel.
+
+    Args:
+        name: the distiller, for the message.
+        own, others: channels of the student's and of the teacher's levels.
+        instead: another remedy, for the message.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if own != others:
+        raise ConfigError(
+            f"KD.DISTILLERS names {name}, which compares channel with channel, but the student's "
+            f"levels (MODEL.FPN.OUT_CHANNELS) have {own} channels and the teacher's {others}; "
+            f"give both the same width, or {instead}"
+        )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kd_detectron.errors import ConfigError
 from kd_detectron.losses import pkd_loss
 
-from .arguments import check_whole_number, level_channels
+from .arguments import check_same_channels, check_whole_number, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
 
 
@@ -39,12 +39,7 @@ class PKD(Distiller):
     @classmethod
     def from_specs(cls, student, teacher, **options):
         own, others = level_channels("PKD", student, teacher)
-        if own != others:
-            raise ConfigError(
-                "KD.DISTILLERS names PKD, which compares channel with channel, but the student's "
-                f"levels (MODEL.FPN.OUT_CHANNELS) have {own} channels and the teacher's {others}; "
-                "give both the same width, or use ReviewKD or FitNet, which adapt it"
-            )
+        check_same_channels("PKD", own, others, instead="use ReviewKD or FitNet, which adapt it")
         return cls([student.strides[level] for level in student.channels], **options)
 
     def forward(self, context):

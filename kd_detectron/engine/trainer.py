@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kd_detectron.checkpoint import DistillationCheckpointer, export_student
 from kd_detectron.data.loader import ResumableLoader, build_train_loader
 from kd_detectron.errors import ConfigError
+from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.modeling.fold import channels_last_on_cpu
 from kd_detectron.preflight.evaluation import evaluator_type
 from kd_detectron.runs.files import forget_metrics_from, is_finished
@@ -219,6 +220,15 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """Detectron2's, with ``KD.TEACHER.INHERIT_LR_FACTOR`` on the inherited parts."""
+        optimizer = super().build_optimizer(cfg, model)
+        names = getattr(model, "inherited", ())
+        inherited = [p for name, p in model.named_parameters() if name in names]
+        scale_learning_rate(optimizer, inherited, cfg.KD.TEACHER.INHERIT_LR_FACTOR)
+        return optimizer
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode):

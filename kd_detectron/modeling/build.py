@@ -39,7 +39,7 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
         student: the student's parts by constructor name ("backbone", "roi_heads", ...).
 
     Returns:
-        The arguments ``teacher``, ``distillers`` and ``distillation_weights`` of the
+        The arguments ``teacher``, ``distillers``, ``distillation_weights`` and ``inherited`` of the
         meta-architecture; no teacher and no distillers where ``KD.ENABLED`` is False or
         ``KD.DISTILLERS`` is empty.
 
@@ -47,15 +47,15 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
         ConfigError: something named in ``KD`` is unknown or does not fit.
     """
     names = list(cfg.KD.DISTILLERS) if cfg.KD.ENABLED else []
-    inherited = list(cfg.KD.TEACHER.INHERIT) if cfg.KD.ENABLED else []
-    nothing = {"teacher": None, "distillers": {}, "distillation_weights": {}}
-    if not names and not inherited:
+    parts = list(cfg.KD.TEACHER.INHERIT) if cfg.KD.ENABLED else []
+    built = {"teacher": None, "distillers": {}, "distillation_weights": {}, "inherited": ()}
+    if not names and not parts:
         if cfg.KD.ENABLED and cfg.KD.TEACHER.CONFIG_FILE:
             logger.warning(
                 "KD.TEACHER.CONFIG_FILE is '%s' but KD.DISTILLERS is empty: nothing is distilled",
                 cfg.KD.TEACHER.CONFIG_FILE,
             )
-        return nothing
+        return built
     if len(set(names)) != len(names):
         raise ConfigError(f"KD.DISTILLERS is {names}: name each distiller once")
     student_model = SimpleNamespace(**student)
@@ -70,9 +70,9 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
         for name in names:
             build_distiller(name, options[name], student_spec, student_spec)
         model, input_format = load_teacher(cfg)
-        inherit_parts(inherited, student, model)
+        built["inherited"] = inherit_parts(parts, student, model)
         if not names:
-            return nothing
+            return built
         teacher = FrozenTeacher.from_model(model, input_format, cfg)
         for name in names:
             requires = DISTILLER_REGISTRY.get(name).requires
@@ -80,7 +80,11 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
         distillers = {
             name: build_distiller(name, options[name], student_spec, teacher.spec) for name in names
         }
-    return {"teacher": teacher, "distillers": distillers, "distillation_weights": weights}
+    return built | {
+        "teacher": teacher,
+        "distillers": distillers,
+        "distillation_weights": weights,
+    }
 
 
 def weight_and_options(cfg: CfgNode, name: str) -> tuple[float, dict]:

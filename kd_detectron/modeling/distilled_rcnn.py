@@ -13,7 +13,7 @@ Legend: N images, R sampled proposals over the whole batch, K foreground classes
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from detectron2.config import CfgNode, configurable
@@ -43,6 +43,7 @@ class DistillationMixin:
         requires: all outputs that the distillers read; nothing else is recorded or computed.
         distillation_factor: what the schedule multiplies all weights by; at 0 the teacher does not
             run.
+        inherited: names of the student's tensors that started from the teacher's.
     """
 
     @configurable
@@ -52,6 +53,7 @@ class DistillationMixin:
         teacher: FrozenTeacher | None = None,
         distillers: Mapping[str, Distiller] | Sequence[Distiller] = (),
         distillation_weights: dict[str, float] | None = None,
+        inherited: Iterable[str] = (),
         **student,
     ):
         """
@@ -59,6 +61,7 @@ class DistillationMixin:
             teacher: the frozen teacher; None with no distillers.
             distillers: distillers by name, or a list of them, each called as its class.
             distillation_weights: loss weight by distiller name, 1 where absent.
+            inherited: names of the student's tensors that were copied from the teacher.
             student: the arguments of the detector class.
         """
         super().__init__(**student)
@@ -75,6 +78,7 @@ class DistillationMixin:
         self.distillers = nn.ModuleDict(distillers)
         self.distillation_weights = check_weights(distillation_weights or {}, distillers)
         self.distillation_factor = 1.0
+        self.inherited = frozenset(inherited)
         # A distiller that declares nothing may read what costs nothing to record.
         self.requires = frozenset().union(
             *(distiller.requires or _UNDECLARED for distiller in distillers.values())

@@ -11,7 +11,7 @@ from .compatibility import box_coding, same_anchors
 from .taps import box_head_of
 
 
-def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> None:
+def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> list[str]:
     """Copies parts of the teacher into the student; see :func:`kd_detectron.inherit.inherit`.
 
     Args:
@@ -38,7 +38,7 @@ def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) ->
                 return "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS are others"
         return ""
 
-    inherit(
+    return inherit(
         parts,
         own,
         teacher.state_dict(),

@@ -57,6 +57,7 @@ class DistilledDetector(nn.Module):
         distillation_weights: loss weight by distiller name.
         distillation_factor: multiplies all weights, 1 at first, for schedules; at 0 the teacher
             does not run.
+        inherited: names of the student's tensors that started from the teacher's.
     """
 
     def __init__(
@@ -93,8 +94,7 @@ class DistilledDetector(nn.Module):
             raise ConfigError("student and teacher are the same object; build the student anew")
         self.student = student
         self._anatomy = read_anatomy(student, "student")
-        if inherit:
-            inherit_parts(inherit, student, teacher)
+        self.inherited = frozenset(inherit_parts(inherit, student, teacher) if inherit else ())
         self.teacher = FrozenTeacher(teacher, amp=teacher_amp) if options else None
         self._levels = self._shared_levels() if options else []
         # Building layers draws random numbers: the student's training shall not depend on them.

@@ -12,7 +12,7 @@ from .anatomy import anchor_generator_of, read_anatomy
 _PARTS = ("backbone.fpn", "rpn.head", "head")
 
 
-def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) -> None:
+def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) -> list[str]:
     """Copies parts of the teacher into the student; see :func:`kd_detectron.inherit.inherit`.
 
     Args:
@@ -39,7 +39,7 @@ def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) 
                 return "its coding of boxes is another"
         return ""
 
-    inherit(
+    return inherit(
         parts,
         own,
         teacher.state_dict(),

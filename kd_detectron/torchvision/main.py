@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import yaml
+from fvcore.common.config import CfgNode
 
 from kd_detectron.commands import (
     FAILED_EXIT_CODE,
@@ -23,7 +24,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Trains a torchvision detector on COCO-format data, distilled or not."
     )
-    parser.add_argument("--config", metavar="YAML", help="a file of these options, by name")
+    parser.add_argument(
+        "--config",
+        metavar="YAML",
+        help="a file of these options, by name; _BASE_ names another one",
+    )
     parser.add_argument("--output", help="the run folder")
     for split in ("train", "val"):
         parser.add_argument(
@@ -67,7 +72,8 @@ def read_options(args: argparse.Namespace) -> TrainingOptions:
     if args.config:
         if not Path(args.config).is_file():
             raise ConfigError(f"--config '{args.config}' is not a file")
-        values = yaml.safe_load(Path(args.config).read_text(encoding="utf-8")) or {}
+        if Path(args.config).stat().st_size:
+            values = CfgNode.load_yaml_with_base(args.config)
     given = {k: v for k, v in vars(args).items() if v is not None}
     for key in ("config", "resume", "imports"):
         given.pop(key, None)

@@ -31,6 +31,7 @@ class TrainingOptions:
         teacher_run: the run folder of a training of this command; names teacher and weights.
         distillers: weight, or mapping of options, by name.
         inherit: the starts of the names of tensors that the student copies from the teacher.
+        inherit_lr_factor: their learning rate, relative to that of the others; 0 freezes them.
         iterations: steps of the whole training.
         batch_size: images of a step, over all processes.
         learning_rate, momentum, weight_decay: of SGD.
@@ -57,6 +58,7 @@ class TrainingOptions:
     teacher_run: str = ""
     distillers: Mapping = field(default_factory=dict)
     inherit: tuple[str, ...] = ()
+    inherit_lr_factor: float = 1.0
     iterations: int = 1000
     batch_size: int = 8
     learning_rate: float = 0.01
@@ -104,6 +106,7 @@ class TrainingOptions:
             "CONFIG_FILE": teacher_file,
             "WEIGHTS": weights,
             "INHERIT": list(self.inherit),
+            "INHERIT_LR_FACTOR": self.inherit_lr_factor,
         }
         distillers = {
             name.upper(): {

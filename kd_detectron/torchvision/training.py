@@ -26,6 +26,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.runs import files
 
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
@@ -113,6 +114,9 @@ class DetectionModule(lightning.LightningModule):
             momentum=options.momentum,
             weight_decay=options.weight_decay,
         )
+        own = self.model.student.named_parameters()
+        inherited = [p for name, p in own if name in self.model.inherited]
+        scale_learning_rate(optimizer, inherited, options.inherit_lr_factor)
 
         def factor(step: int) -> float:
             warm = min(1.0, 0.001 + 0.999 * step / options.warmup) if options.warmup else 1.0

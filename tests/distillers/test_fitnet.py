@@ -43,6 +43,22 @@ def test_loss_compares_adapted_levels_of_the_same_name():
     torch.testing.assert_close(losses["loss_fitnet"], expected)
 
 
+def test_without_adapter_the_maps_are_compared_as_they_are():
+    spec = ModelSpec(channels={"p2": 4, "p3": 4})
+    distiller = FitNet.from_specs(spec, TEACHER, adapter=False)
+    assert not list(distiller.parameters())
+    context = make_context()
+    features = context.teacher.features
+    context.student.features = {level: 3 + features[level] for level in spec.channels}
+    torch.testing.assert_close(distiller(context)["loss_fitnet"], torch.tensor(2 * 9.0))
+
+
+def test_without_adapter_other_widths_are_refused():
+    words = r"FitNet.*have \[3, 5\] channels and the teacher's \[4, 4\].*KD.FITNET.ADAPTER True"
+    with pytest.raises(ConfigError, match=words):
+        FitNet.from_specs(STUDENT, TEACHER, adapter=False)
+
+
 def test_every_parameter_gets_a_gradient():
     distiller = FitNet.from_specs(STUDENT, TEACHER)
     distiller(make_context())["loss_fitnet"].backward()

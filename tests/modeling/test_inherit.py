@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import distilled_cfg, tiny_batch, tiny_cfg
 
+from kd_detectron.engine import DistillationTrainer
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import DistilledRCNN, build
 from kd_detectron.modeling.teacher_loading import load_teacher
@@ -53,6 +54,19 @@ def test_inherited_parts_start_as_the_teachers_and_the_others_as_without(tmp_pat
     for key, tensor in after.items():
         source = teacher if key.startswith(parts) else before
         assert torch.equal(tensor, source[key]), key
+
+
+@pytest.mark.parametrize("distillers", [["CKD"], []])
+def test_inherited_parts_learn_at_a_rate_of_their_own(tmp_path, distillers):
+    cfg, _ = config(tmp_path, ALIKE, ["roi_heads"], distillers)
+    cfg.KD.TEACHER.INHERIT_LR_FACTOR = 0.1
+    model, _ = student(cfg)
+    optimizer = DistillationTrainer.build_optimizer(cfg, model)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        factor = 0.1 if name.startswith("roi_heads") else 1.0
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(cfg.SOLVER.BASE_LR * factor), name
 
 
 def test_inheriting_without_distillers_leaves_the_plain_model_and_no_teacher(tmp_path, monkeypatch):

@@ -64,6 +64,25 @@ def test_final_weights_are_the_plain_students(runs):
     )
 
 
+def test_inherited_parts_stay_as_the_teachers_at_a_learning_rate_of_zero(
+    runs,
+    tiny_data,  # noqa: F811
+    tmp_path,
+):
+    own = {"inherit": ("roi_heads",), "inherit_lr_factor": 0.0}
+    train(options(tiny_data, tmp_path, teacher_run=str(runs / "teacher"), **own))
+    student, teacher, baseline = (
+        torch.load(folder / "model_final.pth", weights_only=True)
+        for folder in (tmp_path, runs / "teacher", runs / "baseline")
+    )
+    for name, tensor in student.items():
+        if name.startswith("roi_heads"):
+            assert torch.equal(tensor, teacher[name]), name
+    name = "rpn.head.cls_logits.weight"
+    assert not torch.equal(student[name], teacher[name])
+    assert student.keys() == baseline.keys()
+
+
 def test_interrupted_run_goes_on_from_its_checkpoint(runs, tiny_data, tmp_path, monkeypatch):  # noqa: F811
     whole = [json.loads(x) for x in (runs / "baseline" / "metrics.json").read_text().splitlines()]
     first = options(tiny_data, tmp_path / "run")
@@ -118,11 +137,13 @@ def command(data, output, *more):
 
 def test_command_line_overrides_the_file(tmp_path):
     file = {"train": ["a.json", "a"], "val": ["b.json", "b"], "student": "x", "iterations": 7}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(file | {"output": "here", "steps": [3, 5]}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(file | {"output": "here", "steps": [3, 5]}))
+    (tmp_path / "run.yaml").write_text("_BASE_: base.yaml\nbatch_size: 3\n")
     line = ["--config", str(tmp_path / "run.yaml"), "--iterations", "9"]
     line += ["--distillers", "CKD=0.1", "ReviewKD", "--inherit", "rpn"]
     read = read_options(build_parser().parse_args(line))
     assert (read.iterations, read.steps, read.inherit) == (9, (3, 5), ("rpn",))
+    assert (read.student, read.batch_size) == ("x", 3)
     assert read.distillers == {"CKD": {"weight": 0.1}, "ReviewKD": {}}
 
 
