@@ -76,17 +76,10 @@ def export_student(
 def load_plain_student(
     checkpoint: str, cfg: CfgNode | str | None = None
 ) -> tuple[CfgNode, torch.nn.Module]:
-    """Builds a run's student as a plain Detectron2 model on the CPU and loads all of it.
-
-    Args:
-        checkpoint: a checkpoint file of the run.
-        cfg: as for :func:`export_student`.
+    """Builds a run's student on the CPU and loads all of it, as :func:`export_student`.
 
     Returns:
-        the plain config, and the model in eval mode.
-
-    Raises:
-        ConfigError: a file is missing or unreadable, or the checkpoint does not fit the config.
+        the plain config, and the plain Detectron2 model in eval mode.
     """
     if cfg is None:
         cfg = config_beside(checkpoint)
@@ -117,11 +110,7 @@ def load_plain_student(
 
 
 def student_config(cfg: CfgNode | str) -> CfgNode:
-    """Returns a run's config without the keys that stock Detectron2 does not know.
-
-    Args:
-        cfg: the run's config, its path or its bare name.
-    """
+    """Returns a run's config (or that of this name) without keys unknown to stock Detectron2."""
     if isinstance(cfg, str):
         cfg = load_run_config(find_config(cfg))
     plain = get_cfg()

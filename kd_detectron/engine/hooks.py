@@ -1,14 +1,4 @@
-"""Trainer hooks: what distillation adds around Detectron2's own.
-
-- :class:`StepSeed`: the random state of an iteration depends on (seed, process, iteration) alone,
-  so that a resumed run follows the uninterrupted one with nothing to store.
-- :class:`DistillationSchedule`: warm-up, decay and stop of all distillation weights.
-- :class:`TeacherGuard`: checks that training did not change the teacher.
-- :class:`KeepBest`: ``model_best.pth``.
-- :class:`ExportStudent`: ``student_final.pth`` for plain Detectron2.
-- :class:`WriteResult`: ``result.json``, what result tables read.
-- :class:`StopOnSignal`: SIGTERM and SIGINT finish the iteration, write a checkpoint, and stop.
-"""
+"""Trainer hooks: what distillation adds around Detectron2's own."""
 
 import contextlib
 import logging
@@ -17,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -35,7 +26,10 @@ DECAYS = ("none", "linear", "cosine")
 
 
 class StepSeed(HookBase):
-    """Seeds python, numpy and torch before each step from the run's seed, process and iteration."""
+    """Seeds python, numpy and torch before each step from the run's seed, process and iteration.
+
+    So a resumed run follows the uninterrupted one with nothing to store.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -227,11 +221,7 @@ class WriteResult(HookBase):
 
 
 def reopen_run(folder: str, iteration: int) -> None:
-    """Removes what marks a run as finished, when it is trained further.
-
-    ``model_final.pth`` becomes the checkpoint of its iteration; ``result.json`` and the exported
-    student, which the new end writes again, are removed.
-    """
+    """Removes what marks a run as finished; its last checkpoint becomes that of its iteration."""
     final, kept = (os.path.join(folder, f"model_{x}.pth") for x in ("final", f"{iteration:07d}"))
     if os.path.isfile(final) and not os.path.isfile(kept):
         os.replace(final, kept)
@@ -279,7 +269,7 @@ class StopOnSignal(HookBase):
             "leaving the evaluation" if self._evaluating else "finishing this iteration",
         )
         if self._evaluating:
-            raise Interrupted(number, self._last_iteration())
+            self._interrupt()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -293,7 +283,7 @@ class StopOnSignal(HookBase):
         try:
             self._evaluating = True
             if self._received:
-                raise Interrupted(self._received, self._last_iteration())
+                self._interrupt()
             yield
         except Interrupted:
             self._evaluating = False
@@ -318,8 +308,8 @@ class StopOnSignal(HookBase):
     def _save(self) -> None:
         self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
 
-    def _last_iteration(self) -> int:
-        return min(self.trainer.iter, self.trainer.max_iter - 1)
+    def _interrupt(self) -> NoReturn:
+        raise Interrupted(self._received, min(self.trainer.iter, self.trainer.max_iter - 1))
 
     def after_train(self) -> None:
         for number, handler in self._previous.items():

@@ -47,13 +47,13 @@ from .hooks import (
     TeacherGuard,
     WriteResult,
 )
-from .train_loop import ContinuedTraining, DistillationTrainLoop
+from .train_loop import DistillationTrainLoop
 from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(ContinuedTraining, DefaultTrainer):
+class DistillationTrainer(DefaultTrainer):
     """Trains the model of a config, with or without distillation, and evaluates it by COCO AP.
 
     Attributes:
@@ -106,14 +106,12 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         if scaled is cfg:
             return cfg
         scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
-        frozen = scaled.is_frozen()
         scaled.defrost()
         for key in ("WARMUP_ITERS", "STOP_ITER"):
             before = cfg.KD.SCHEDULE[key]
             scaled.KD.SCHEDULE[key] = max(round(before / scale), 1) if before > 0 else before
         scaled.SOLVER.EMA.DECAY = cfg.SOLVER.EMA.DECAY**scale
-        if frozen:
-            scaled.freeze()
+        scaled.freeze()
         return scaled
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -207,6 +205,13 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent()]
         return [*ret, *writer, stop]
 
+    def before_train(self) -> None:
+        super().before_train()
+        # Detectron2 counts one iteration too many where there is none left to run, as after a stop
+        # in the final evaluation.
+        if self.start_iter >= self.max_iter:
+            self.iter = self.max_iter - 1
+
     def export(self) -> None:
         """Writes ``student_final.pth``, which plain Detectron2 loads, from ``model_final.pth``."""
         folder = self.cfg.OUTPUT_DIR
@@ -218,6 +223,13 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         return super().state_dict() | {"seed": self.seed, "iteration": iteration}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        averaged = WeightAverage.__qualname__ in state_dict.get("hooks", {})
+        if averaged and not self.cfg.SOLVER.EMA.ENABLED:
+            raise ConfigError(
+                "SOLVER.EMA.ENABLED is False but the run in OUTPUT_DIR averages its weights; set "
+                "it to True to go on with it, or start anew with MODEL.WEIGHTS set to its "
+                "checkpoint"
+            )
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
 

@@ -37,10 +37,7 @@ RANDOM_WEIGHTS = "none"
 
 
 def load_teacher(cfg: CfgNode) -> tuple[nn.Module, str]:
-    """Builds and loads the whole teacher that ``cfg.KD.TEACHER`` names.
-
-    Returns:
-        The detector on ``cfg.MODEL.DEVICE`` and the channel order it was trained with.
+    """The whole teacher of ``cfg.KD.TEACHER`` on ``cfg.MODEL.DEVICE``, and its channel order.
 
     Raises:
         ConfigError: its config or checkpoint is not found, unreadable, or does not fit.
@@ -199,11 +196,7 @@ def load_teacher_weights(model: nn.Module, weights: str) -> None:
 
 
 def read_lazy_config(path: str, opts: list) -> DictConfig:
-    """Reads a LazyConfig file and applies overrides.
-
-    Args:
-        path: the ``.py`` file.
-        opts: KEY VALUE overrides in one flat list.
+    """Reads a LazyConfig file and applies KEY VALUE overrides, given in one flat list.
 
     Raises:
         ConfigError: the file cannot be run, has no ``model``, or an override fits nothing in it.

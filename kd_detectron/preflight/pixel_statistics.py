@@ -6,7 +6,7 @@ warning: own data may have any. Those of pretrained weights: ``backbones/pixel_s
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kd_detectron.backbones.pixel_statistics import (
     IMAGENET_MEAN,
@@ -79,12 +79,11 @@ def _imagenets_order(
     return orders[0] if orders else None
 
 
-def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
+def warn_of_pixel_statistics(model) -> list[str]:
     """Logs where student or teacher normalise by statistics that cannot be their images'.
 
     Args:
         model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
-        wording: turns a warning into the words of the user's config.
 
     Returns:
         The warnings.
@@ -111,7 +110,7 @@ def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list
                 std_key="its MODEL.PIXEL_STD",
             )
         )
-    warnings = [wording(warning) for warning in found if warning]
+    warnings = [warning for warning in found if warning]
     for warning in warnings:
         logger.warning("%s", warning)
     return warnings
