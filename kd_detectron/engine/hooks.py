@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -88,9 +89,7 @@ class DistillationSchedule(HookBase):
             "stop_iter": schedule.STOP_ITER,
             "max_iter": max_iter,
         }
-        self._constant = schedule.DECAY == "none" and not (
-            schedule.WARMUP_ITERS or schedule.STOP_ITER
-        )
+        self._constant = schedule == CfgNode({"WARMUP_ITERS": 0, "DECAY": "none", "STOP_ITER": 0})
 
     def before_step(self) -> None:
         factor = schedule_factor(self.trainer.iter, **self._options)

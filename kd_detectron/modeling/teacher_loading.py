@@ -107,12 +107,8 @@ def zoo_configs() -> list[str]:
     folder = Path(model_zoo.__file__).with_name("configs")
     names = model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
     # Some have a YAML file, some a LazyConfig, some both.
-    return sorted(
-        f"{name}{suffix}"
-        for name in names
-        for suffix in (".yaml", ".py")
-        if (folder / f"{name}{suffix}").is_file()
-    )
+    files = [folder / f"{name}{suffix}" for name in names for suffix in (".yaml", ".py")]
+    return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
 
 
 def teacher_weights(cfg: CfgNode, own: str) -> str:
