@@ -37,7 +37,6 @@ setup(
         "torchvision": ["lightning==2.6.6", "torchmetrics==1.9.0"],
         "timm": ["timm>=1.0"],
         "onnx": ["onnx>=1.15", "onnxruntime>=1.17"],
-        "pictures": ["grad-cam>=1.5", "scikit-learn>=1.3"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
     },
 )

@@ -8,86 +8,68 @@ round gives one
 
     overhead ratio = distilled step / (student step + teacher + distillers)
 
-1 if distillation costs its own arithmetic and nothing else. Peak memory is that of a child process
-for each part: of CUDA's allocator there, of the process elsewhere, with freed memory given back.
+1 if distillation costs its own arithmetic and nothing else. On a GPU, peak memory of both steps is
+measured as well.
 
 ``tools/benchmark.py`` prints the report and writes it as JSON; ``docs/performance.md`` holds the
-numbers. Legend: N images, R sampled proposals over the whole batch.
+numbers. Legend: N images.
 """
 
-import ctypes
+import gc
 import os
 import platform
-import resource
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from types import SimpleNamespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import detectron2
 import numpy as np
 import torch
-import torchvision
 from detectron2.config import CfgNode
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.modeling import build_model
-from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kd_detectron.context import TeacherOutputs
+from kd_detectron.context import DistillationContext, StudentOutputs
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
-from kd_detectron.modeling.frozen_teacher import FrozenTeacher, FrozenTeacherStep
 from kd_detectron.modeling.precision import PRECISIONS
-from kd_detectron.modeling.teacher_loading import load_teacher
 
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 OBJECTS_PER_IMAGE = 8
 _SEED = 0
-# Steps in the child process that measures memory: the second one meets the first one's leftovers.
-_MEMORY_STEPS = 2
-# glibc's number for the option of mallopt that says from which size blocks are mapped separately.
-_M_MMAP_THRESHOLD = -3
 
 STUDENT, DISTILLED = "student step", "distilled step"
 
 
 def synthetic_batch(cfg: CfgNode, *, images: int, size: tuple[int, int]) -> list[dict]:
-    """Detectron2 training inputs of noise, the same in every process.
-
-    Args:
-        cfg: says the number of classes and whether, and how, masks are given.
-        images: N.
-        size: height and width of each image in pixels.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
+    """N Detectron2 training inputs of noise, of a height and width; the same each time."""
+    random = np.random.default_rng(_SEED)
     height, width = size
-    scale = torch.tensor([width, height], dtype=torch.float32)
     batch = []
     for index in range(images):
-        extent = (0.1 + 0.4 * torch.rand(OBJECTS_PER_IMAGE, 2, generator=generator)) * scale
-        corner = torch.rand(OBJECTS_PER_IMAGE, 2, generator=generator) * (scale - extent)
-        boxes = torch.cat([corner, corner + extent], dim=1)
-        instances = Instances(size)
-        instances.gt_boxes = Boxes(boxes)
-        instances.gt_classes = torch.randint(
-            cfg.MODEL.ROI_HEADS.NUM_CLASSES, (OBJECTS_PER_IMAGE,), generator=generator
-        )
-        if cfg.MODEL.MASK_ON:
-            polygons = [
-                [torch.stack([x0, y0, x1, y0, x1, y1, x0, y1]).double().numpy()]
-                for x0, y0, x1, y1 in boxes
-            ]
-            instances.gt_masks = (
-                PolygonMasks(polygons)
-                if cfg.INPUT.MASK_FORMAT == "polygon"
-                else BitMasks.from_polygon_masks(polygons, height, width)
+        annotations = []
+        for _ in range(OBJECTS_PER_IMAGE):
+            extent = random.uniform(0.1, 0.5, 2) * (width, height)
+            corner = random.uniform(0, 1, 2) * ((width, height) - extent)
+            x0, y0, x1, y1 = np.concatenate([corner, corner + extent]).tolist()
+            category = int(random.integers(cfg.MODEL.ROI_HEADS.NUM_CLASSES))
+            annotations.append(
+                {"bbox": [x0, y0, x1, y1], "bbox_mode": BoxMode.XYXY_ABS, "category_id": category}
             )
-        image = torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8)
-        batch.append({"image": image, "instances": instances, "height": height, "width": width})
-        batch[-1]["file_name"] = f"synthetic_{index}"
+            if cfg.MODEL.MASK_ON:
+                annotations[-1]["segmentation"] = [[x0, y0, x1, y0, x1, y1, x0, y1]]
+        image = random.integers(256, size=(3, height, width), dtype=np.uint8)
+        batch.append(
+            {
+                "file_name": f"synthetic_{index}",
+                "image": torch.from_numpy(image),
+                "instances": annotations_to_instances(annotations, size, cfg.INPUT.MASK_FORMAT),
+                "height": height,
+                "width": width,
+            }
+        )
     return batch
 
 
@@ -108,51 +90,12 @@ class Step:
         self._batch = batch
         self._autocast = autocast_options(cfg)
 
-    def reset(self) -> None:
+    def __call__(self) -> None:
         self.model.zero_grad()
         torch.manual_seed(_SEED)
-
-    def __call__(self) -> None:
-        with EventStorage():
-            with torch.autocast(**self._autocast):
-                losses = self.model(self._batch)
-            sum(losses.values()).backward()
-
-
-class DistillerAlone:
-    """Forward and backward of one distiller on recorded tensors; its backward ends at them."""
-
-    def __init__(self, distiller: torch.nn.Module, context: SimpleNamespace, autocast: dict):
-        self._distiller = distiller
-        self._context = context
-        self._autocast = autocast
-
-    def reset(self) -> None:
-        self._distiller.zero_grad()
-        for tensor in tree_leaves(vars(self._context.student)):
-            if tensor is not None:
-                tensor.grad = None
-        torch.manual_seed(_SEED)
-
-    def __call__(self) -> None:
-        with torch.autocast(**self._autocast):
-            losses = self._distiller(self._context)
+        with EventStorage(), torch.autocast(**self._autocast):
+            losses = self.model(self._batch)
         sum(losses.values()).backward()
-
-
-class TeacherPart:
-    """One part of the teacher's forward pass, under the autocast of the student's step."""
-
-    def __init__(self, run: Callable, autocast: dict):
-        self._run = run
-        self._autocast = autocast
-
-    def reset(self) -> None:
-        pass
-
-    def __call__(self) -> None:
-        with torch.autocast(**self._autocast):
-            self._run()
 
 
 def autocast_options(cfg: CfgNode) -> dict:
@@ -164,94 +107,83 @@ def autocast_options(cfg: CfgNode) -> dict:
     }
 
 
-def record_context(step: Step) -> SimpleNamespace:
-    """Runs one distilled step and returns its context as plain data.
+def record_context(step: Step) -> DistillationContext:
+    """Runs one distilled step and returns its context, with what the teacher computed in it.
 
-    Student tensors are leaves that require grad; ``teacher`` has those tensors that were asked for.
+    Student tensors are leaves that require grad.
     """
     contexts = []
     handles = [
         distiller.register_forward_pre_hook(lambda module, args: contexts.append(args[0]))
         for distiller in step.model.distillers.values()
     ]
-    step.reset()
     step()
     for handle in handles:
         handle.remove()
-    context = contexts[0]
     student = tree_map_only(
-        torch.Tensor, lambda x: x.detach().clone().requires_grad_(), vars(context.student)
+        torch.Tensor, lambda x: x.detach().clone().requires_grad_(), vars(contexts[0].student)
     )
-    computed = vars(context.teacher)
-    plain = ("features", "box_features", "mask_logits")
-    teacher = {name: computed[name] for name in plain if name in computed}
-    if "_rpn" in computed:
-        teacher["objectness"], teacher["anchor_deltas"] = computed["_rpn"]
-    if "_box_predictions" in computed:
-        teacher["logits"], teacher["box_deltas"] = computed["_box_predictions"]
-    rest = {k: v for k, v in vars(context).items() if k not in ("student", "teacher")}
-    taps = context.teacher._step.taps
-    # The boxes that the teacher's heads are given.
-    rest["taps"] = SimpleNamespace(proposal_boxes=taps.proposal_boxes, mask_boxes=taps.mask_boxes)
-    return SimpleNamespace(
-        student=SimpleNamespace(**student), teacher=SimpleNamespace(**teacher), **rest
-    )
+    return replace(contexts[0], student=StudentOutputs(**student))
 
 
-def teacher_parts(
-    teacher: FrozenTeacher, context: SimpleNamespace, batch: list[dict], cfg: CfgNode
-) -> dict[str, TeacherPart]:
+def distiller_alone(
+    distiller: torch.nn.Module, context: DistillationContext, autocast: Mapping
+) -> Callable[[], Sequence[torch.Tensor | None]]:
+    """Forward and backward of one distiller; its backward ends at the recorded tensors."""
+    recorded = [tensor for tensor in tree_leaves(vars(context.student)) if tensor is not None]
+
+    def run():
+        torch.manual_seed(_SEED)
+        with torch.autocast(**autocast):
+            loss = sum(distiller(context).values())
+        return torch.autograd.grad(loss, [*recorded, *distiller.parameters()], allow_unused=True)
+
+    return run
+
+
+def teacher_parts(context: DistillationContext, autocast: Mapping) -> dict[str, Callable]:
     """The parts of the teacher that the distilled step ran, by name."""
-    recorded = vars(context.teacher)
-    step = FrozenTeacherStep(teacher, batch, cfg.INPUT.FORMAT, context.taps)
-    parts: dict[str, tuple[str, Callable]] = {
+    step, computed = context.teacher._step, vars(context.teacher)
+    parts = {
         "teacher backbone": ("features", step.features),
-        "teacher RPN": ("objectness", lambda: step.rpn(recorded["features"])),
-        "teacher box head": ("box_features", lambda: step.box_features(recorded["features"])),
-        "teacher predictor": ("logits", lambda: step.box_predictions(recorded["box_features"])),
-        "teacher mask head": ("mask_logits", lambda: step.mask_logits(recorded["features"])),
+        "teacher RPN": ("_rpn", lambda: step.rpn(computed["features"])),
+        "teacher box head": ("box_features", lambda: step.box_features(computed["features"])),
+        "teacher predictor": (
+            "_box_predictions",
+            lambda: step.box_predictions(computed["box_features"]),
+        ),
+        "teacher mask head": ("mask_logits", lambda: step.mask_logits(computed["features"])),
     }
+    # The teacher's precision depends on the student's.
     return {
-        name: TeacherPart(run, autocast_options(cfg))
+        name: torch.autocast(**autocast)(run)
         for name, (output, run) in parts.items()
-        if output in recorded
+        if output in computed
     }
 
 
 def time_parts(
-    parts: dict[str, Callable], *, repeats: int, device: str, clock: str = "wall"
+    parts: Mapping[str, Callable], *, repeats: int, device: str
 ) -> dict[str, list[float]]:
     """Seconds of each part in each round: one round of warm-up, then ``repeats``, interleaved.
 
     Every second round runs backwards, so that a machine that gets slower or faster favours no part.
-
-    Args:
-        parts: callables with a ``reset()`` that is not timed, by name.
-        repeats: rounds.
-        device: where they run.
-        clock: "wall", or on the CPU "process" for the processor time of this process (all of its
-            threads), which other programs on the machine do not lengthen.
+    On the CPU it is the processor time of this process (all of its threads), which other programs
+    on the machine do not lengthen.
     """
+    on_cuda = device.startswith("cuda")
+    wait = torch.cuda.synchronize if on_cuda else lambda: None
+    now = time.perf_counter if on_cuda else time.process_time
     seconds = {name: [] for name in parts}
     for number in range(repeats + 1):
-        names = list(parts) if number % 2 == 0 else list(parts)[::-1]
-        for name in names:
-            parts[name].reset()
-            elapsed = _time_once(parts[name], device, clock)
+        for name in list(parts) if number % 2 == 0 else reversed(parts):
+            wait()
+            start = now()
+            parts[name]()
+            wait()
             if number > 0:
-                seconds[name].append(elapsed)
+                seconds[name].append(now() - start)
     return seconds
-
-
-def _time_once(part: Callable, device: str, clock: str) -> float:
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.synchronize()
-    start = CLOCKS[clock]()
-    part()
-    if cuda:
-        torch.cuda.synchronize()
-    return CLOCKS[clock]() - start
 
 
 def run_benchmark(
@@ -261,23 +193,8 @@ def run_benchmark(
     images: int = 2,
     size: tuple[int, int] = (480, 640),
     repeats: int = 5,
-    clock: str = "wall",
-    memory: bool = True,
-    unfolded: bool = False,
-    imports: Sequence[str] = (),
 ) -> dict:
-    """Measures one config.
-
-    Args:
-        cfg: a distilled config; its weights are not loaded.
-        name: what to call it in the report.
-        images: N.
-        size: height and width in pixels.
-        repeats: measured rounds.
-        clock: see :func:`time_parts`.
-        memory: also measure peak memory, one child process per part.
-        unfolded: also time the teacher's backbone with its BatchNorm not folded.
-        imports: modules and files that the child processes import first.
+    """Measures one distilled config on N images of a height and width; loads no weights.
 
     Returns:
         The report, plain data, as it is written to JSON.
@@ -287,34 +204,19 @@ def run_benchmark(
             f"KD.DISTILLERS of '{name}' is {list(cfg.KD.DISTILLERS)} and KD.ENABLED is "
             f"{cfg.KD.ENABLED}: nothing is distilled, so there is nothing to compare"
         )
-    if cfg.MODEL.DEVICE.startswith("cuda"):
-        clock = "wall"
     batch = synthetic_batch(cfg, images=images, size=size)
-    distilled = Step(cfg, batch, distilled=True)
+    distilled, autocast = Step(cfg, batch, distilled=True), autocast_options(cfg)
     context = record_context(distilled)
-    model, autocast = distilled.model, autocast_options(cfg)
-    teacher = teacher_parts(model.teacher, context, batch, cfg)
-    distillers = {
-        distiller_name: DistillerAlone(distiller, context, autocast)
-        for distiller_name, distiller in model.distillers.items()
-    }
-    reference = {}
-    if unfolded:
-        plain = FrozenTeacher(*load_teacher(cfg), amp=cfg.KD.TEACHER.AMP)
-        reference["teacher backbone, BatchNorm not folded"] = TeacherPart(
-            lambda: plain.features(batch, cfg.INPUT.FORMAT), autocast
-        )
+    distillers = distilled.model.distillers
     parts = {
-        STUDENT: Step(cfg, batch, distilled=False),
-        **teacher,
-        **distillers,
-        DISTILLED: distilled,
-        **reference,
+        "student": {STUDENT: Step(cfg, batch, distilled=False)},
+        "teacher": teacher_parts(context, autocast),
+        "distiller": {n: distiller_alone(d, context, autocast) for n, d in distillers.items()},
+        "distilled": {DISTILLED: distilled},
     }
-    kinds = {STUDENT: "student", DISTILLED: "distilled"}
-    kinds |= dict.fromkeys(teacher, "teacher") | dict.fromkeys(distillers, "distiller")
-    kinds |= dict.fromkeys(reference, "reference")
-    seconds = time_parts(parts, repeats=repeats, device=cfg.MODEL.DEVICE, clock=clock)
+    kinds = {part: kind for kind, named in parts.items() for part in named}
+    every = {part: run for named in parts.values() for part, run in named.items()}
+    seconds = time_parts(every, repeats=repeats, device=cfg.MODEL.DEVICE)
     report = {
         "name": name,
         "distillers": list(distillers),
@@ -325,21 +227,19 @@ def run_benchmark(
             "proposals": sum(len(boxes) for boxes in context.proposal_boxes or ()),
         },
         "repeats": repeats,
-        "clock": clock,
         "amp": cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "",
         "machine": machine(cfg.MODEL.DEVICE),
         "parts": {
             part: {"kind": kinds[part], "seconds": values, **spread(values)}
             for part, values in seconds.items()
         },
-        "ratios": ratios(seconds, kinds),
+        "ratios": ratios(seconds),
         "memory": {},
     }
-    if memory:
-        sizes = _sizes(model, context)
-        del parts, distilled, model, teacher, reference
-        report["memory"] = measure_memory(cfg, batch, context, distillers, imports) | sizes
-        report["ratios"]["memory"] = memory_ratio(report["memory"])
+    if cfg.MODEL.DEVICE.startswith("cuda"):
+        del parts, every, distilled, distillers, context
+        free_memory()
+        report["memory"] = peak_memory(cfg, batch)
     return report
 
 
@@ -349,122 +249,45 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "low": low, "high": high}
 
 
-def ratios(seconds: dict[str, list[float]], kinds: dict[str, str]) -> dict[str, dict]:
-    """The overhead ratio and the ratio to the plain step over the rounds, as median and spread.
-
-    Args:
-        seconds: seconds of each part in each round.
-        kinds: "student", "teacher", "distiller", "distilled" or "reference", by part.
-    """
-    needed = [name for name, kind in kinds.items() if kind in ("student", "teacher", "distiller")]
-    overhead, to_plain = [], []
-    for number, distilled in enumerate(seconds[DISTILLED]):
-        overhead.append(distilled / sum(seconds[name][number] for name in needed))
-        to_plain.append(distilled / seconds[STUDENT][number])
-    return {"overhead": spread(overhead), "to_plain": spread(to_plain)}
+def ratios(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict]:
+    """The overhead ratio and the ratio to the plain step, from the seconds of each round."""
+    distilled = np.array(seconds[DISTILLED])
+    needed = sum(np.array(values) for name, values in seconds.items() if name != DISTILLED)
+    return {
+        "overhead": spread(distilled / needed),
+        "to_plain": spread(distilled / np.array(seconds[STUDENT])),
+    }
 
 
 def machine(device: str) -> dict:
     """Hardware and versions."""
     processor = f"{platform.processor() or platform.machine()} CPU"
-    facts = {
+    return {
         "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
         "detectron2": detectron2.__version__,
     }
-    return facts | ({"cuda": torch.version.cuda} if device.startswith("cuda") else {})
 
 
-# ---- memory ----
+def free_memory() -> None:
+    """Frees what nothing refers to any more, on the GPU too."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def measure_memory(
-    cfg: CfgNode,
-    batch: list[dict],
-    context: SimpleNamespace,
-    distillers: dict[str, DistillerAlone],
-    imports: Sequence[str] = (),
-) -> dict[str, int]:
-    """Peak memory in bytes of each part, alone in a process of its own, and of an idle one."""
+def peak_memory(cfg: CfgNode, batch: list[dict]) -> dict[str, int]:
+    """Peak bytes that tensors take on the GPU in the student's and in the distilled step."""
     peaks = {}
-    # Forked from a server that has imported everything and run nothing, so that they start fast.
-    processes = get_context("forkserver")
-    processes.set_forkserver_preload([__name__])
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "part.pt")
-        for name in ("idle", STUDENT, "teacher", *distillers, DISTILLED):
-            torch.save((cfg, batch, context, distillers.get(name)), path)
-            with ProcessPoolExecutor(1, mp_context=processes) as pool:
-                peaks[name] = pool.submit(_peak_of, name, path, tuple(imports)).result()
+    for name in (STUDENT, DISTILLED):
+        step = Step(cfg, batch, distilled=name == DISTILLED)
+        torch.cuda.reset_peak_memory_stats()
+        # The second step meets the first one's gradients.
+        step()
+        step()
+        peaks[name] = torch.cuda.max_memory_allocated()
+        del step
+        free_memory()
     return peaks
-
-
-def _peak_of(name: str, path: str, imports: Sequence[str]) -> int:
-    """Runs in the child process."""
-    from kd_detectron.commands import import_user_code
-
-    _give_freed_memory_back()
-    for module in imports:
-        import_user_code(module)
-    if name != "idle":
-        cfg, batch, context, distiller = torch.load(path, weights_only=False)
-        part = _memory_part(name, cfg, batch, context, distiller)
-        del context, distiller
-        for _ in range(_MEMORY_STEPS):
-            part.reset()
-            part()
-        if cfg.MODEL.DEVICE.startswith("cuda"):
-            return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _memory_part(name, cfg, batch, context, distiller):
-    if name in (STUDENT, DISTILLED):
-        return Step(cfg, batch, distilled=name == DISTILLED)
-    if distiller is not None:
-        return distiller
-    teacher = FrozenTeacher.from_config(cfg)
-    asked = list(vars(context.teacher))
-    teacher.drop_unused_heads(asked)
-    step = FrozenTeacherStep(teacher, batch, cfg.INPUT.FORMAT, context.taps)
-
-    def run():
-        outputs = TeacherOutputs(step)
-        for name in asked:
-            getattr(outputs, name)
-
-    return TeacherPart(run, autocast_options(cfg))
-
-
-def _give_freed_memory_back() -> None:
-    # Otherwise glibc keeps part of what is freed, and how much differs from run to run, so that the
-    # peak would not be that of the tensors. Other C libraries stay as they are.
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 16)
-
-
-def _sizes(model: torch.nn.Module, context: SimpleNamespace) -> dict[str, int]:
-    state = model.teacher.model.state_dict().values()
-    features = getattr(context.teacher, "features", {}).values()
-    fuses = any(hasattr(distiller, "fuse") for distiller in model.distillers.values())
-    return {
-        "teacher weights": sum(tensor.nbytes for tensor in state),
-        "teacher features": sum(tensor.nbytes for tensor in features),
-        # As many float32 maps as the teacher's.
-        "fused features": sum(4 * tensor.numel() for tensor in features) if fuses else 0,
-    }
-
-
-def memory_ratio(memory: dict[str, int]) -> float:
-    """Peak of the distilled step over what it needs, both above an idle process.
-
-    Needed: the student's step, the teacher's weights, its features and the fused features.
-    """
-    idle = memory["idle"]
-    needed = sum(memory[key] for key in ("teacher weights", "teacher features", "fused features"))
-    return (memory[DISTILLED] - idle) / (memory[STUDENT] - idle + needed)

@@ -10,6 +10,8 @@ works. docs/gpu.md says what the output means.
 
 import argparse
 import tempfile
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from detectron2.utils.collect_env import collect_env_info
@@ -53,53 +55,46 @@ def report(args: argparse.Namespace) -> bool:
         import_user_code(name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     small = args.small or device == "cpu"
-    shape = {
-        "device": device,
-        "small": small,
-        "size": tuple(args.size or ((96, 128) if small else (800, 1333))),
-    }
+    sizes = {"device": device, "small": small}
+    size = tuple(args.size or ((96, 128) if small else (800, 1333)))
     images = args.images or ([2] if small else [2, 8])
     if device == "cpu":
         print("There is no CUDA GPU: small models on the CPU, whose times say nothing of a GPU.")
-    print(collect_env_info())
-    content = {"environment": collect_env_info(), "device": device, "small": small}
+    content = {"environment": collect_env_info(), **sizes}
+    content |= {part: [] for part in PARTS}
+    print(content["environment"])
 
-    def keep(key: str, value) -> None:
-        # After each part, so that an interrupted report keeps what it has.
-        content[key] = value
-        if args.output:
-            save_report(content, args.output)
+    def keep(key: str, rows: Iterable[dict]) -> Iterator[dict]:
+        # Written after each row, so that an interrupted report keeps what it has.
+        for row in rows:
+            content[key].append(row)
+            if args.output:
+                save_report(content, args.output)
+            yield row
 
-    checks = []
     if "checks" in args.parts:
-        sizes = {"device": device, "small": small}
-        for check in gpu_report.method_checks(**sizes, methods=args.methods):
-            checks.append(check)
-            print(f"{check['check']}: {check['result']}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            for check in gpu_report.command_checks(folder, **sizes):
-                checks.append(check)
+            steps = gpu_report.method_checks(**sizes, methods=args.methods)
+            for check in keep("checks", chain(steps, gpu_report.command_checks(folder, **sizes))):
                 print(f"{check['check']}: {check['result']}", flush=True)
-        print(f"\n{gpu_report.format_checks(checks)}\n")
-        keep("checks", checks)
+    failed = [check for check in content["checks"] if check["result"].startswith("failed")]
+    if content["checks"]:
+        print(f"\n{len(content['checks'])} checks, {len(failed)} failed")
+        print("".join(f"  {check['check']}: {check['result']}\n" for check in failed))
     if "tables" in args.parts:
-        rows = []
-        for row in gpu_report.measure_configs(
-            args.configs, **shape, images=images, repeats=args.repeats
-        ):
-            rows.append(row)
-            keep("tables", rows)
-            if "report" in row:
-                print(f"{format_report(row['report'])}\n", flush=True)
-        reports = [row["report"] for row in rows if "report" in row]
-        if reports:
-            print(f"{compare_reports(reports)}\n")
-        print(f"{gpu_report.format_memory(rows)}\n")
+        shape = {"size": size, "images": images, "repeats": args.repeats}
+        for row in keep("tables", gpu_report.measure_configs(args.configs, **sizes, **shape)):
+            what = f"{row['name']}, {row['images']} images: {row.get('failed')}"
+            print(f"{format_report(row['report']) if 'report' in row else what}\n", flush=True)
+        reports = [row["report"] for row in content["tables"] if "report" in row]
+        print(f"{compare_reports(reports)}\n")
     if "teacher" in args.parts:
-        rows = list(gpu_report.teacher_variants(args.configs[0], **shape, images=images[0]))
-        keep("teacher", rows)
-        print(f"{args.configs[0]}, {images[0]} images\n{gpu_report.format_variants(rows)}")
-    return not any(str(check["result"]).startswith("failed") for check in checks)
+        shape = {"size": size, "images": images[0], "repeats": args.repeats}
+        print(f"{args.configs[0]}, {images[0]} images, milliseconds")
+        for row in keep("teacher", gpu_report.teacher_variants(args.configs[0], **sizes, **shape)):
+            result = row.get("failed") or f"{1000 * row['seconds']:.4g}"
+            print(f"{row['variant']}: {result}", flush=True)
+    return not failed
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ training.
 """
 
 import argparse
-import statistics
 from collections.abc import Iterable, Sequence
 from itertools import islice
+from statistics import median
 
 import torch
 from detectron2.modeling import build_model
@@ -58,12 +58,12 @@ def gradient_norms(model: nn.Module, batches: Iterable[list[dict]]) -> list[dict
 
     Returns:
         For "all detection losses" and then each distillation loss a dict: "loss" its name, "value"
-        with its weight, and by part of :data:`PARTS` "norm", "ratio" (to the norm of all detection
-        losses) and "cosine" (with their gradient); medians over the batches.
+        with its weight, and for each part of :data:`PARTS` "PART: norm", "PART: ratio" (to the norm
+        of all detection losses) and "PART: cosine" (with their gradient); medians over the batches.
     """
     parts = student_parts(model)
     parameters = [parameter for part in parts.values() for parameter in part]
-    sizes = [len(part) for part in parts.values()]
+    owners = [name for name, part in parts.items() for _ in part]
     distilled: list[str] = []
     hooks = [
         distiller.register_forward_hook(lambda module, args, losses: distilled.extend(losses))
@@ -79,59 +79,26 @@ def gradient_norms(model: nn.Module, batches: Iterable[list[dict]]) -> list[dict
             gradients = torch.autograd.grad(
                 loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            flat = [
-                torch.cat([g.double().flatten() for g in chunk]) if chunk else torch.zeros(1)
-                for chunk in _split(gradients, sizes)
-            ]
+            record = {"value": loss.item()}
+            # A part that is frozen as a whole has the gradient 0.
+            flat = {part: [loss.new_zeros(1).double()] for part in PARTS}
+            for owner, gradient in zip(owners, gradients, strict=True):
+                flat[owner].append(gradient.double().flatten())
+            flat = {part: torch.cat(chunks) for part, chunks in flat.items()}
             reference = reference or flat
-            seen.setdefault(name, []).append(
-                {"value": loss.item()}
-                | {part: _compare(g, r) for part, g, r in zip(PARTS, flat, reference, strict=True)}
-            )
+            for part, gradient in flat.items():
+                norm, other = gradient.norm().item(), reference[part].norm().item()
+                record[f"{part}: norm"] = norm
+                record[f"{part}: ratio"] = norm / other if other else 0.0
+                cosine = torch.cosine_similarity(gradient, reference[part], dim=0)
+                record[f"{part}: cosine"] = cosine.item()
+            seen.setdefault(name, []).append(record)
     for hook in hooks:
         hook.remove()
-    return [{"loss": name, **_medians(records)} for name, records in seen.items()]
-
-
-def _split(items, sizes):
-    start = 0
-    for size in sizes:
-        yield items[start : start + size]
-        start += size
-
-
-def _compare(gradient: torch.Tensor, reference: torch.Tensor) -> dict[str, float]:
-    norm, other = gradient.norm().item(), reference.norm().item()
-    return {
-        "norm": norm,
-        "ratio": norm / other if other else 0.0,
-        "cosine": torch.dot(gradient, reference).item() / (norm * other) if norm * other else 0.0,
-    }
-
-
-def _medians(records: list[dict]) -> dict:
-    median = {"value": statistics.median(record["value"] for record in records)}
-    for part in PARTS:
-        median[part] = {
-            key: statistics.median(record[part][key] for record in records)
-            for key in ("norm", "ratio", "cosine")
-        }
-    return median
-
-
-def format_gradient_norms(rows: list[dict]) -> str:
-    """The table as text: ratio and cosine by part."""
-    headers = [
-        "loss",
-        "value",
-        *(f"{part}: {what}" for part in PARTS for what in ("norm", "ratio", "cos")),
+    return [
+        {"loss": name} | {key: median(record[key] for record in records) for key in records[0]}
+        for name, records in seen.items()
     ]
-    body = [
-        [row["loss"], f"{row['value']:.3g}"]
-        + [f"{row[part][key]:.2g}" for part in PARTS for key in ("norm", "ratio", "cosine")]
-        for row in rows
-    ]
-    return tabulate(body, headers=headers, tablefmt="github")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -163,7 +130,7 @@ def measure(args: argparse.Namespace) -> str:
     loader.seek(seed, 0)
     with EventStorage():
         rows = gradient_norms(model.train(), islice(loader, args.batches))
-    return format_gradient_norms(rows)
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2g")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

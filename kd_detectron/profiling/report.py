@@ -17,7 +17,10 @@ from kd_detectron.commands import (
 )
 from kd_detectron.config import get_config
 from kd_detectron.errors import ConfigError
-from kd_detectron.profiling.benchmark import CLOCKS, DISTILLED, STUDENT, run_benchmark
+from kd_detectron.profiling.benchmark import DISTILLED, STUDENT, run_benchmark
+
+# Of the parts of a report.
+KINDS = ("student", "teacher", "distiller", "distilled")
 
 
 def save_report(report: dict, path: str | os.PathLike) -> None:
@@ -30,16 +33,14 @@ def load_report(path: str | os.PathLike) -> dict:
     """Reads a report that :func:`save_report` wrote.
 
     Raises:
-        ConfigError: there is no such file, or it is none of these reports.
+        ConfigError: it is none of these reports.
     """
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"'{path}' is not a report of tools/benchmark.py: {error}") from None
-    if not isinstance(report, dict) or "parts" not in report or "ratios" not in report:
-        raise ConfigError(f"'{path}' is not a report of tools/benchmark.py: it has no parts")
-    if "floor" in report["ratios"]:  # As version 0.1 called it.
-        report["ratios"]["overhead"] = report["ratios"].pop("floor")
+    except ValueError:
+        report = None
+    if not isinstance(report, dict) or "parts" not in report:
+        raise ConfigError(f"'{path}' is not a report of tools/benchmark.py")
     return report
 
 
@@ -47,56 +48,37 @@ def format_report(report: dict) -> str:
     """The report as text: machine, a table of the parts, and the ratios."""
     batch, facts, memory = report["batch"], report["machine"], report["memory"]
     plain = report["parts"][STUDENT]["median"]
-    rows = []
-    for name, part in report["parts"].items():
-        peak = memory.get(name)
-        rows.append(
-            [
-                name,
-                f"{part['median']:.4g}",
-                f"{part['low']:.4g} .. {part['high']:.4g}",
-                f"{part['median'] / plain:.3f}",
-                "" if peak is None else f"{peak / 2**20:.0f}",
-            ]
-        )
-    if "teacher" in memory:
-        rows.append(["teacher, all parts", "", "", "", f"{memory['teacher'] / 2**20:.0f}"])
-    if "idle" in memory:
-        rows.append(["idle process", "", "", "", f"{memory['idle'] / 2**20:.0f}"])
-    headers = ["part", f"s ({report['clock']})", "quartiles", "/ student step", "peak MiB"]
-    versions = ", ".join(f"{key} {facts[key]}" for key in facts if key != "device")
-    return "\n".join(
+    rows = [
         [
-            f"{report['name']}: {batch['images']} images of {batch['height']}x{batch['width']}, "
-            f"{batch['proposals']} proposals, {report['amp'] or 'float32'}, "
-            f"{report['repeats']} rounds",
-            f"{facts['device']}; {versions}",
-            "",
-            tabulate(rows, headers=headers, disable_numparse=True),
-            "",
-            f"overhead ratio  {_ratio(report, 'overhead')}  "
-            "distilled step / (student step + teacher + distillers)",
-            f"to plain step   {_ratio(report, 'to_plain')}  distilled step / student step",
-            *(
-                [
-                    f"memory ratio    {report['ratios']['memory']:.3f}  distilled step / (student "
-                    "step + teacher weights + teacher features + fused features), above idle"
-                ]
-                if memory
-                else []
-            ),
-            f"throughput      {throughput(report):.3g} images/s",
+            name,
+            f"{part['median']:.4g}",
+            f"{part['low']:.4g} .. {part['high']:.4g}",
+            f"{part['median'] / plain:.3f}",
         ]
-    )
-
-
-def throughput(report: dict) -> float:
-    """Images per second of the distilled step."""
-    return report["batch"]["images"] / report["parts"][DISTILLED]["median"]
+        for name, part in report["parts"].items()
+    ]
+    headers = ["part", "seconds", "quartiles", "/ student step"]
+    versions = ", ".join(f"{key} {facts[key]}" for key in facts if key != "device")
+    lines = [
+        f"{report['name']}: {batch['images']} images of {batch['height']}x{batch['width']}, "
+        f"{batch['proposals']} proposals, {report['amp'] or 'float32'}, "
+        f"{report['repeats']} rounds",
+        f"{facts['device']}; {versions}",
+        "",
+        tabulate(rows, headers=headers, disable_numparse=True),
+        "",
+        f"overhead ratio  {_ratio(report, 'overhead')}  "
+        "distilled step / (student step + teacher + distillers)",
+        f"to plain step   {_ratio(report, 'to_plain')}  distilled step / student step",
+        f"throughput      {batch['images'] / report['parts'][DISTILLED]['median']:.3g} images/s",
+    ]
+    if memory:
+        lines.append("peak MiB        " + ", ".join(f"{k} {_mib(v)}" for k, v in memory.items()))
+    return "\n".join(lines)
 
 
 def compare_reports(reports: Sequence[dict]) -> str:
-    """Several reports as one table, one row each; with two, how many times the second's time."""
+    """Several reports as one table, one row each."""
     rows = [
         [
             report["name"],
@@ -104,27 +86,16 @@ def compare_reports(reports: Sequence[dict]) -> str:
             report["amp"] or "float32",
             "{images} x {height}x{width}".format(**report["batch"]),
             report["batch"]["proposals"],
-            f"{report['parts'][STUDENT]['median']:.4g}",
-            f"{_total(report, 'teacher'):.4g}",
-            f"{_total(report, 'distiller'):.4g}",
-            f"{report['parts'][DISTILLED]['median']:.4g}",
+            *(f"{_total(report, kind):.4g}" for kind in KINDS),
             _ratio(report, "overhead"),
             _ratio(report, "to_plain"),
+            *(_mib(report["memory"].get(step)) for step in (STUDENT, DISTILLED)),
         ]
         for report in reports
     ]
-    headers = ["config", "device", "precision", "images", "R", "student s", "teacher s"]
-    headers += ["distillers s", "distilled s", "overhead ratio", "to plain step"]
-    lines = [tabulate(rows, headers=headers, disable_numparse=True)]
-    if len(reports) == 2:
-        first, second = (report["parts"] for report in reports)
-        lines += ["", f"{reports[1]['name']} against {reports[0]['name']}, medians:"]
-        lines += [
-            f"  {name}: {second[name]['median'] / first[name]['median']:.3f} times"
-            for name in first
-            if name in second
-        ]
-    return "\n".join(lines)
+    headers = ["config", "device", "precision", "images", "R", *(f"{kind} s" for kind in KINDS)]
+    headers += ["overhead ratio", "to plain step", "student MiB", "distilled MiB"]
+    return tabulate(rows, headers=headers, disable_numparse=True)
 
 
 def _total(report: dict, kind: str) -> float:
@@ -135,10 +106,14 @@ def _ratio(report: dict, name: str) -> str:
     return "{median:.3f} ({low:.3f} .. {high:.3f})".format(**report["ratios"][name])
 
 
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:.0f}"
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="What a distilled step costs against its parts: times, ratios, peak memory. "
-        "On random weights (nothing is downloaded), on MODEL.DEVICE, or the CPU without a GPU."
+        description="What a distilled step costs against its parts: times, ratios; on a GPU peak "
+        "memory. Random weights (nothing is downloaded), on MODEL.DEVICE, or the CPU without a GPU."
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config-file", metavar="NAME", help="a config by path or bare name")
@@ -154,21 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar=("HEIGHT", "WIDTH"),
         help="of each image, in pixels (480 640)",
     )
-    parser.add_argument("--proposals", type=int, help="sampled proposals per image (the config's)")
     parser.add_argument("--repeats", type=int, default=5, help="measured rounds (%(default)s)")
-    parser.add_argument(
-        "--clock",
-        choices=sorted(CLOCKS),
-        default="wall",
-        help="on the CPU: wall time, or this process's processor time, for a machine that is "
-        "shared with other programs (%(default)s)",
-    )
-    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
-    parser.add_argument(
-        "--unfolded",
-        action="store_true",
-        help="also time the teacher's backbone with its BatchNorm not folded into convolutions",
-    )
     parser.add_argument("--output", type=Path, metavar="JSON", help="also write the report here")
     add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
@@ -180,8 +141,6 @@ def benchmark(args: argparse.Namespace) -> str:
     for name in args.imports:
         import_user_code(name)
     opts = ["MODEL.WEIGHTS", "", "KD.TEACHER.WEIGHTS", "none"]
-    if args.proposals is not None:
-        opts += ["MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", args.proposals]
     if not torch.cuda.is_available():
         opts += ["MODEL.DEVICE", "cpu"]
     cfg = get_config(args.config_file, [*opts, *args.opts])
@@ -191,10 +150,6 @@ def benchmark(args: argparse.Namespace) -> str:
         images=args.images,
         size=tuple(args.size),
         repeats=args.repeats,
-        clock=args.clock,
-        memory=not args.no_memory,
-        unfolded=args.unfolded,
-        imports=args.imports,
     )
     if args.output:
         save_report(report, args.output)

@@ -102,28 +102,23 @@ def read_result(folder: str | Path) -> dict:
     """Returns a run's ``result.json``, {} where it is missing.
 
     Raises:
-        ConfigError: it is no JSON object, or its "results", "iterations", "seconds" or "seed" are
-            of a wrong type or not finite.
+        ConfigError: it is no JSON object, or what is read of it is of a wrong type.
     """
     path = Path(folder) / RESULT
     if not path.is_file():
         return {}
-    advice = "remove it to use the last evaluation in metrics.json instead"
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable JSON ({error}); {advice}") from error
-    if not isinstance(record, dict):
-        raise ConfigError(f"{path} holds a {type(record).__name__}, not a JSON object; {advice}")
-    known = {"results": dict, "iterations": int, "seconds": int | float, "seed": int}
-    for key, types in known.items():
-        value = record.get(key)
-        infinite = isinstance(value, float) and not math.isfinite(value)
-        if value is not None and (infinite or not isinstance(value, types)):
-            raise ConfigError(
-                f'{path}: "{key}" is {value!r}, which is no '
-                f"{'JSON object' if types is dict else 'number'}; {advice}"
-            )
+        record = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: None)
+    except ValueError:
+        record = None
+    types = {"results": dict, "iterations": int, "seconds": int | float, "seed": int}
+    if not isinstance(record, dict) or any(
+        not isinstance(record.get(key), types[key] | None) for key in types
+    ):
+        raise ConfigError(
+            f"{path} is not what a training writes: {path.read_text(errors='replace')[:200]!r}; "
+            "remove it to use the last evaluation in metrics.json instead"
+        )
     return record
 
 

@@ -30,12 +30,12 @@ _NOT_THE_EXPERIMENT = frozenset(
 )
 _ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 _SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE"})
-# Nodes that a backbone's builder reads, by a part of the builder's name.
+# Nodes that a backbone's builder reads, and the part of its name that tells it.
 _BACKBONE_NODES = {
-    "resnet": "RESNETS",
-    "mobilenetv2": "MOBILENETV2",
-    "timm": "TIMM",
-    "torchvision": "TORCHVISION",
+    "RESNETS": "resnet",
+    "MOBILENETV2": "mobilenetv2",
+    "TIMM": "timm",
+    "TORCHVISION": "torchvision",
 }
 
 
@@ -68,27 +68,20 @@ def experiment(config: Mapping) -> dict[str, str]:
         # A baseline is the same model under both meta-architectures.
         model["META_ARCHITECTURE"] = detector_name(config)
     config["MODEL"] = model
-    unread = _unread_nodes(model)
+    builder = model.get("BACKBONE", {}).get("NAME", "")
     return {
         key: str(value)
         for key, value in flatten(config).items()
-        if key not in _NOT_THE_EXPERIMENT and not key.startswith(unread)
+        if key not in _NOT_THE_EXPERIMENT and _is_read(key, builder)
     }
 
 
-def _unread_nodes(model: Mapping) -> tuple[str, ...]:
-    """Beginnings of the keys that belong to other backbones than the model's."""
-    builder = model.get("BACKBONE", {}).get("NAME", "")
-    own = [node for part, node in _BACKBONE_NODES.items() if part in builder]
-    if not own:
-        return ()
-    unread = [f"MODEL.{node}." for node in _BACKBONE_NODES.values() if node not in own]
-    if "MODEL.RESNETS." in unread:
-        # Our own backbones read RESNETS.NORM and nothing else of it.
-        unread.remove("MODEL.RESNETS.")
-        keys = model.get("RESNETS", {})
-        unread += [f"MODEL.RESNETS.{key}" for key in keys if key != "NORM"]
-    return tuple(unread)
+def _is_read(key: str, builder: str) -> bool:
+    """Whether a backbone of this builder may read a key: it is no other backbone's."""
+    part = _BACKBONE_NODES.get(key.removeprefix("MODEL.").split(".")[0])
+    known = any(own in builder for own in _BACKBONE_NODES.values())
+    # Our own backbones read RESNETS.NORM too.
+    return part is None or part in builder or not known or key == "MODEL.RESNETS.NORM"
 
 
 def group_names(groups: Sequence[Sequence[Run]]) -> list[str]:
@@ -100,27 +93,26 @@ def group_names(groups: Sequence[Sequence[Run]]) -> list[str]:
     names = []
     for group in groups:
         run = group[0]
+        if run.path.resolve() in teachers:
+            names.append(TEACHER)
+            continue
+        own = experiment(run.config)
         namesakes = [
             experiment(other[0].config)
             for other in groups
             if (other[0].method, other[0].pair, other[0].detector)
             == (run.method, run.pair, run.detector)
         ]
-        own = experiment(run.config)
         keys = sorted({key for other in namesakes for key in other})
-        differing = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
+        keys = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
         parts = [
             f"{key.removeprefix('KD.').removeprefix('MODEL.')} {_short(own.get(key))}"
-            for key in differing[:3]
+            for key in keys
         ]
-        if len(differing) > 3:
-            parts.append(f"and {len(differing) - 3} more")
+        parts = _first_three(parts)
         if not run.finished:
             parts.append(f"unfinished, {run.iterations or 0} iterations")
-        if run.path.resolve() in teachers:
-            names.append(TEACHER)
-        else:
-            names.append(run.method + (f" ({', '.join(parts)})" if parts else ""))
+        names.append(run.method + (f" ({', '.join(parts)})" if parts else ""))
     return names
 
 
@@ -131,13 +123,9 @@ def named_groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """
     groups = group_runs(runs)
     names = group_names(groups)
-    students = [
-        group[0] for group, name in zip(groups, names, strict=True) if not name.startswith(TEACHER)
-    ]
-    several = (
-        len({run.student for run in students}) > 1
-        or len({run.teacher for run in students if run.teacher}) > 1
-    )
+    students = [group[0] for group, name in zip(groups, names, strict=True) if name != TEACHER]
+    taught = {run.teacher for run in students if run.teacher}
+    several = len({run.student for run in students}) > 1 or len(taught) > 1
     named: dict[str, list[Run]] = {}
     for group, name in zip(groups, names, strict=True):
         if name == TEACHER:
@@ -163,11 +151,14 @@ def confounders(name: str, run: Run, baseline: Run) -> list[str]:
     if not keys:
         return []
     shown = [f"{key} ({_short(own.get(key))}, baseline {_short(base.get(key))})" for key in keys]
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
     return [
-        f"{name} differs from its baseline in {', '.join(shown[:3])}{more}: the gain is not the "
-        "method's alone."
+        f"{name} differs from its baseline in {', '.join(_first_three(shown))}: the gain is not "
+        "the method's alone."
     ]
+
+
+def _first_three(parts: list[str]) -> list[str]:
+    return parts if len(parts) <= 3 else [*parts[:3], f"and {len(parts) - 3} more"]
 
 
 def _short(value: object, limit: int = 30) -> str:

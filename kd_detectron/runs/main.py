@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kd_detectron.commands import exit_code
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher_result, published_numbers
+from kd_detectron.runs.tables import build_table, load_teacher, published_numbers
 
 DATASET_HELP = "whose AP, where DATASETS.TEST has several (default: the first)"
 
@@ -16,14 +16,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Compares runs: AP, gain over the baseline, share of the teacher's gap, "
         "published numbers."
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (OUTPUT_DIR)")
     parser.add_argument(
-        "--baseline",
-        action="append",
-        default=[],
+        "runs",
+        nargs="+",
         metavar="RUN",
-        help="run without distillation to measure gains against, once for each student or seed "
-        "(default: those among RUN)",
+        help="run folder (OUTPUT_DIR); runs without distillation are baselines",
     )
     parser.add_argument(
         "--teacher",
@@ -44,8 +41,7 @@ def write_table(args: argparse.Namespace) -> None:
     """Prints the table of the runs, and writes it to the files that are named."""
     table = build_table(
         [load_run(path, args.dataset) for path in args.runs],
-        baselines=[load_run(path, args.dataset) for path in args.baseline],
-        teachers=[load_teacher_result(path, args.dataset) for path in args.teacher],
+        teachers=[load_teacher(path, args.dataset) for path in args.teacher],
         published=published_numbers(),
     )
     print(table.text())

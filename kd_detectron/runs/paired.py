@@ -18,11 +18,18 @@ _QUANTILES += (2.22814,)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over paired seeds, and its 95 % interval where there are two or more."""
+    """A mean over seeds; with two or more its sample deviation, or its 95 % interval if paired."""
 
     mean: float
+    deviation: float | None = None
     low: float | None = None
     high: float | None = None
+
+
+def mean_and_deviation(values: Sequence[float]) -> Estimate:
+    """The mean of n values and their sample standard deviation (n - 1)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return Estimate(statistics.fmean(values), deviation)
 
 
 def t_quantile(degrees: int) -> float:
@@ -40,12 +47,7 @@ def t_quantile(degrees: int) -> float:
     return z + first / degrees + second / degrees**2 + third / degrees**3
 
 
-def mean_with_interval(values: Sequence[float]) -> Estimate:
-    """The mean of n values and its 95 % interval."""
-    return _around(statistics.fmean(values), values)
-
-
-def share_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estimate:
+def ratio_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estimate:
     """The ratio of the mean gain to the mean gap, and its 95 % interval.
 
     The interval is that of a ratio estimate: the residuals ``gain - ratio * gap`` of the n seeds
@@ -54,16 +56,13 @@ def share_with_interval(gains: Sequence[float], gaps: Sequence[float]) -> Estima
 
     Args:
         gains: n differences to the baseline.
-        gaps: the n distances from the baseline to the teacher; their mean is positive.
+        gaps: the n distances from the baseline to the teacher, with a positive mean; all 1 for the
+            mean gain itself.
     """
     gap = statistics.fmean(gaps)
-    ratio = statistics.fmean(gains) / gap
+    ratio, count = statistics.fmean(gains) / gap, len(gains)
+    if count < 2:
+        return Estimate(ratio)
     residuals = [gain - ratio * distance for gain, distance in zip(gains, gaps, strict=True)]
-    return _around(ratio, [residual / gap for residual in residuals])
-
-
-def _around(mean: float, values: Sequence[float]) -> Estimate:
-    if len(values) < 2:
-        return Estimate(mean)
-    half = t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return Estimate(mean, mean - half, mean + half)
+    half = t_quantile(count - 1) * statistics.stdev(residuals) / math.sqrt(count) / gap
+    return Estimate(ratio, low=ratio - half, high=ratio + half)

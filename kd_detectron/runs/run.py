@@ -33,17 +33,14 @@ class Run:
     """One training run, read from its folder.
 
     Attributes:
-        path: the run folder.
         method: distillers joined by "+", or "baseline".
         student, teacher: short backbone names such as "R18"; teacher is None without distillation.
         detector: "Faster R-CNN", "Mask R-CNN", or the meta-architecture's name.
         results: final AP by task ("bbox", "segm") and metric ("AP", "AP50", ...), without NaN.
         history: metrics by iteration, in order of iteration.
-        config: the run's full config as plain dicts.
         iterations: iterations trained; None if unknown.
         seconds: wall time of the training; None if unknown.
         seed: the run's seed; None or negative: not fixed.
-        finished: whether the training reached its end.
         test_dataset: the dataset that results and history were measured on.
         teacher_folder: the run folder that the teacher's weights come from; None without one.
     """
@@ -116,7 +113,7 @@ def load_run(path: str | Path, dataset: str = "") -> Run:
     results = results or _last_evaluation(history)
     taught = has_teacher(config)
     weights = (config.get("KD", {}).get("TEACHER") or {}).get("WEIGHTS") if taught else ""
-    taught_by = Path(weights).parent if weights else None
+    folder = Path(weights).parent if weights else None
     return Run(
         path=path,
         method=method_name(config),
@@ -131,7 +128,7 @@ def load_run(path: str | Path, dataset: str = "") -> Run:
         seed=record.get("seed", config.get("SEED")),
         finished=finished,
         test_dataset=dataset,
-        teacher_folder=taught_by if taught_by and (taught_by / CONFIG).is_file() else None,
+        teacher_folder=folder if folder and (folder / CONFIG).is_file() else None,
     )
 
 
@@ -221,31 +218,19 @@ def metrics_by_iteration(folder: str | Path) -> dict[int, dict[str, float]]:
 def _last_evaluation(history: Mapping[int, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Returns the AP of the last iteration that was evaluated."""
     for values in reversed(list(history.values())):
-        results = {
-            task: {
-                metric: values[f"{task}/{metric}"]
-                for metric in METRICS
-                if f"{task}/{metric}" in values
-            }
-            for task in TASKS
-        }
-        if any(results.values()):
-            return results
+        if any(f"{task}/AP" in values for task in TASKS):
+            return {task: {m: values.get(f"{task}/{m}") for m in METRICS} for task in TASKS}
     return {}
 
 
 def known_values(results: object) -> dict[str, dict[str, float]]:
     """Keeps the known tasks of evaluation results, and their values that are finite numbers."""
-    if not isinstance(results, Mapping):
-        return {}
-    kept = {
-        task: {
-            metric: float(values[metric]) for metric in METRICS if _is_number(values.get(metric))
-        }
-        for task in TASKS
-        if isinstance(values := results.get(task), Mapping)
-    }
-    return {task: metrics for task, metrics in kept.items() if metrics}
+    known = {}
+    for task in TASKS:
+        values = results.get(task) if isinstance(results, Mapping) else None
+        if isinstance(values, Mapping):
+            known[task] = {m: float(values[m]) for m in METRICS if _is_number(values.get(m))}
+    return {task: values for task, values in known.items() if values}
 
 
 def _is_number(value) -> bool:

@@ -42,22 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"making {args.train_images} + {args.val_images} synthetic images in {data}", flush=True)
     make_synthetic(data, args.train_images, args.val_images, image_size=IMAGE_SIZE)
     if args.engine == "torchvision":
-        return _on_torchvision(output, data, args.iterations)
+        from kd_detectron.torchvision.demo import run_demo
+
+        try:
+            return exit_code(lambda: run_demo(output, data, iterations=args.iterations))
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the last checkpoint")
+            return INTERRUPTED_EXIT_CODE
     from kd_detectron.studies import study
 
     os.environ["DETECTRON2_DATASETS"] = str(data.resolve())
     jobs = "2" if (os.cpu_count() or 1) > 1 else "1"
     return study.main(["demo.yaml", "--output", output, "--jobs", jobs])
-
-
-def _on_torchvision(output: str, data: Path, iterations: int | None) -> int:
-    from kd_detectron.torchvision.demo import run_demo
-
-    try:
-        return exit_code(lambda: run_demo(output, data, iterations=iterations))
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint")
-        return INTERRUPTED_EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ from kd_detectron.runs.run import TASKS, Run
 LEAST_MARGIN = 3.0
 
 
-def expected_ranges(runs: Mapping[str, list[Run]]) -> dict:
-    """Name of the runs -> task ("bbox", "segm") -> "values", "low" and "high", in AP points.
+def write_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> None:
+    """Writes the ranges of finished runs: name -> task -> "values", "low" and "high".
 
     Args:
+        path: the file to write.
         runs: the finished runs of a study (its seeds) by name.
     """
-    ranges: dict = {}
+    ranges: dict = {name: {} for name in runs}
     for name, seeds in runs.items():
         for task in TASKS:
             values = [run.results[task]["AP"] for run in seeds if "AP" in run.results.get(task, {})]
@@ -31,18 +32,12 @@ def expected_ranges(runs: Mapping[str, list[Run]]) -> dict:
                 deviation = statistics.stdev(values) if len(values) > 1 else 0.0
                 margin = max(3 * deviation, LEAST_MARGIN)
                 mean = statistics.fmean(values)
-                ranges.setdefault(name, {})[task] = {
+                ranges[name][task] = {
                     "values": [round(value, 2) for value in values],
                     "low": round(max(mean - margin, 0.0), 1),
                     "high": round(mean + margin, 1),
                 }
-    return ranges
-
-
-def write_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> None:
-    """Writes the ranges of finished runs, one entry per name and task."""
-    text = json.dumps(expected_ranges(runs), indent=1)
-    Path(path).write_text(text + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps(ranges, indent=1) + "\n", encoding="utf-8")
 
 
 def outside_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> list[str]:
@@ -51,12 +46,11 @@ def outside_expected(path: str | Path, runs: Mapping[str, list[Run]]) -> list[st
     sentences = []
     for name, seeds in runs.items():
         for task, expected in ranges.get(name, {}).items():
+            low, high = expected["low"], expected["high"]
             for run in seeds:
                 value = run.results.get(task, {}).get("AP")
-                if value is None or not expected["low"] <= value <= expected["high"]:
+                if value is None or not low <= value <= high:
                     shown = "no AP" if value is None else f"{value:.1f}"
-                    sentences.append(
-                        f"{run.path}: {TASKS[task]} AP is {shown}, expected "
-                        f"{expected['low']} to {expected['high']}"
-                    )
+                    what = f"{run.path}: {TASKS[task]} AP is {shown}"
+                    sentences.append(f"{what}, expected {low} to {high}")
     return sentences

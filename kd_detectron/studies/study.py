@@ -27,9 +27,13 @@ from kd_detectron.commands import (
 )
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import is_finished, read_metrics
+from kd_detectron.runs.groups import TEACHER
+from kd_detectron.runs.tables import published_numbers
 from kd_detectron.studies.expected import outside_expected, write_expected
-from kd_detectron.studies.report import TEACHER, write_report
 from kd_detectron.studies.study_file import Study, StudyRun, load_study
+from kd_detectron.visualize.models import choose_records, dataset_records, load_models
+from kd_detectron.visualize.predictions import draw_predictions
+from kd_detectron.visualize.report import write_table_and_curves
 
 # glibc returns freed memory to the system and has it mapped anew in the next step, which can cost
 # time on the CPU (docs/benchmarking.md).
@@ -38,6 +42,8 @@ KEEP_FREED_MEMORY = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
+# What the progress bars show of metrics.json.
+SHOWN = {"total_loss": "loss", "bbox/AP": "AP"}
 
 
 def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[StudyRun]:
@@ -54,18 +60,13 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
     todo = [run for run in study.runs if not run.finished]
     active: list[_ActiveRun] = []
     failed = []
-    total = sum(run.max_iter for run in study.runs)
-    started, done_before = time.monotonic(), sum(r.iterations_done() for r in study.runs)
     # A cluster's SIGTERM is to end the trainings in order, as Ctrl-C does.
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while todo or active:
             while len(active) < jobs and (run := _next_run(todo, active)):
                 todo.remove(run)
-                done = sum(r.iterations_done() for r in study.runs)
-                number = study.runs.index(run) + 1
-                left = _time_left(started, done_before, done, total)
-                tqdm.write(f"[{number}/{len(study.runs)}] {run.folder}{left}")
+                tqdm.write(f"[{study.runs.index(run) + 1}/{len(study.runs)}] {run.folder}")
                 threads = max(1, (os.cpu_count() or 1) // jobs)
                 active.append(_ActiveRun(run, threads, imports))
             time.sleep(1)
@@ -78,11 +79,11 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
                     raise KeyboardInterrupt
                 if code:
                     failed.append(one.run)
-                    log = console(one.run)
+                    lines = one.log.read_text(encoding="utf-8", errors="replace").splitlines()
+                    what = f"{one.run.folder}; last lines of {one.log}:"
                     tqdm.write(
-                        f"FAILED with exit code {code}: {one.run.folder}; last lines of {log}:"
+                        "\n    ".join([f"FAILED with exit code {code}: {what}", *lines[-5:]])
                     )
-                    tqdm.write("".join(f"    {line}\n" for line in last_lines(log)))
                 else:
                     tqdm.write(f"done: {one.run.folder}, {one.shown}")
     finally:
@@ -103,13 +104,6 @@ def _next_run(todo: Sequence[StudyRun], active: Sequence["_ActiveRun"]) -> Study
     return None
 
 
-def _time_left(started: float, done_before: int, done: int, total: int) -> str:
-    if done <= done_before:
-        return ""
-    seconds = (time.monotonic() - started) / (done - done_before) * (total - done)
-    return f", about {seconds / 60:.0f} min left in the study"
-
-
 class _ActiveRun:
     """One training as a process with a progress bar.
 
@@ -119,8 +113,10 @@ class _ActiveRun:
         imports: the user's files or modules that it imports first.
     """
 
-    def __init__(self, run: StudyRun, threads: int, imports: Sequence[str] = ()):
+    def __init__(self, run: StudyRun, threads: int, imports: Sequence[str]):
         self.run = run
+        self.shown = ""
+        self.log = run.folder / "console.log"
         run.folder.mkdir(parents=True, exist_ok=True)
         command = [
             *(sys.executable, "-m", "kd_detectron.engine.main"),
@@ -129,34 +125,24 @@ class _ActiveRun:
             *run.opts,
             *("OUTPUT_DIR", str(run.folder)),
         ]
-        with open(console(run), "ab") as log:
+        environment = {"OMP_NUM_THREADS": str(threads), **KEEP_FREED_MEMORY, **os.environ}
+        with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": str(threads), **KEEP_FREED_MEMORY, **os.environ},
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
-        name = "/".join(run.folder.parts[-2:]) if run.folder.name != run.name else run.name
         # disable=None: no bars in a file, which one line for each run suits better.
-        self._bar = tqdm(
-            total=run.max_iter,
-            initial=run.iterations_done(),
-            unit="it",
-            desc=name,
-            disable=None,
-        )
-        self.shown = ""
+        start = run.iterations_done()
+        self._bar = tqdm(total=run.max_iter, initial=start, desc=run.name, unit="it", disable=None)
 
     def poll(self) -> int | None:
         """Moves the progress bar on; returns the exit code, None while the process runs."""
         code = self._process.poll()
         records = read_metrics(self.run.folder)
-        if records:
-            self._bar.update(self.run.iterations_done() - self._bar.n)
-            aps = [r["bbox/AP"] for r in records if "bbox/AP" in r]
-            shown = {"loss": records[-1].get("total_loss"), "AP": aps[-1] if aps else None}
-            self.shown = ", ".join(f"{k}={v:.3g}" for k, v in shown.items() if v is not None)
-            self._bar.set_postfix_str(self.shown)
+        self._bar.update(self.run.iterations_done() - self._bar.n)
+        # The last value of each.
+        values = {key: record[key] for record in records for key in SHOWN if key in record}
+        self.shown = ", ".join(f"{SHOWN[key]}={value:.3g}" for key, value in values.items())
+        self._bar.set_postfix_str(self.shown)
         if code is not None:
             self._bar.close()
         return code
@@ -168,16 +154,6 @@ class _ActiveRun:
         self._bar.close()
 
 
-def console(run: StudyRun) -> Path:
-    """The file that holds what a run printed."""
-    return run.folder / "console.log"
-
-
-def last_lines(path: Path, count: int = 5) -> list[str]:
-    """The last lines of a text file."""
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-
-
 def report(study: Study) -> None:
     """Prints the table of the finished runs and writes table and figures into the study's folder.
 
@@ -186,10 +162,18 @@ def report(study: Study) -> None:
     """
     students = study.finished_runs()
     own = students.pop(TEACHER, [None])[0]
-    if students:
-        teacher = own.path if own else teacher_of_others(study)
-        print(write_report(study.output, students, teacher=teacher))
-        print(f"\ntable and pictures: {study.output}")
+    if not students:
+        return
+    teacher = own.path if own else teacher_of_others(study)
+    folder, published = study.output, published_numbers()
+    print(write_table_and_curves(folder, students, teacher=teacher, published=published))
+    # Detections of the first run of each combination of distillers.
+    first = {runs[0].method: (runs[0].path, name) for name, runs in reversed(students.items())}
+    folders, labels = zip(*reversed(first.values()), strict=True)
+    models = load_models(folders, labels=labels, teacher=teacher)
+    records, class_names = dataset_records(models[-1].cfg)
+    draw_predictions(models, choose_records(records, 4), class_names, folder / "predictions.png")
+    print(f"\ntable and pictures: {folder}")
 
 
 def teacher_of_others(study: Study) -> Path | None:

@@ -24,28 +24,18 @@ from kd_detectron.runs.files import CONFIG, is_finished, read_config, read_metri
 from kd_detectron.runs.groups import experiment
 from kd_detectron.runs.run import Run, load_run
 
-STUDY_KEYS = {"output": str, "defaults": dict, "opts": list, "runs": list, "expected": str}
-PART_KEYS = {
-    **{"part_of": str, "only": list, "seeds": list},
-    **{"output": str, "opts": list, "expected": str},
-}
 DEFAULT_KEYS = {"config": str, "seeds": list, "opts": list}
 RUN_KEYS = {"name": str, **DEFAULT_KEYS}
-
-_PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+OWN_KEYS = {"output": str, "opts": list, "expected": str}
+STUDY_KEYS = {"defaults": dict, "runs": list, **OWN_KEYS}
+PART_KEYS = {"part_of": str, "only": list, "seeds": list, **OWN_KEYS}
 
 
 @dataclass
 class StudyRun:
     """One training of a study.
 
-    Args:
-        name: what tables and figures call it.
-        config: a config by path or bare name.
-        folder: its output folder.
-        opts: KEY VALUE overrides.
-        max_iter: its iterations.
-        teacher_weights: the checkpoint that it distils or inherits from; empty without a teacher.
+    ``teacher_weights`` is the checkpoint that it distils or inherits from; empty without a teacher.
     """
 
     name: str
@@ -84,16 +74,15 @@ class Study:
 
 
 def load_study(file: str, output: str | None = None) -> Study:
-    """Reads and checks a study file.
+    """Reads and checks a study file, by path or by its bare name in ``configs/studies``.
 
     Args:
-        file: its path, or its bare name in ``configs/studies``.
+        file: the study file.
         output: another output folder than the file's.
 
     Raises:
-        ConfigError: there is no such file, it is not readable YAML, a key is missing, unknown or of
-            a wrong type, a name or seed is doubled, a placeholder is unknown, a config or option
-            does not exist, or a finished run was trained with other options.
+        ConfigError: there is no such file, something in it is wrong, a config or option does not
+            exist, or a finished run was trained with other options.
     """
     path, content = _read_study(file)
     folder = Path(output or content["output"])
@@ -120,6 +109,8 @@ def load_study(file: str, output: str | None = None) -> Study:
             runs.append((turn, run))
     # Every run's first seed, then the second ones: a study that is stopped has a whole table.
     runs = [run for _, run in sorted(runs, key=lambda pair: pair[0])]
+    if not runs:
+        raise ConfigError(f"study '{file}' has no runs; name at least one under runs")
     expected = path.parent / content["expected"] if "expected" in content else None
     if expected and not expected.is_file():
         raise ConfigError(f"study '{file}': expected is {expected}, which is not there")
@@ -132,98 +123,83 @@ def _read_study(file: str, parts: tuple[Path, ...] = ()) -> tuple[Path, dict]:
     Of a part of a study it is the content of the whole, cut down; ``parts`` are the files that led
     to this one.
     """
-    path = Path(file)
-    if not path.is_file():
-        path = config_dir() / "studies" / file
+    path = Path(file) if Path(file).is_file() else config_dir() / "studies" / file
     if not path.is_file():
         known = sorted(p.name for p in (config_dir() / "studies").glob("*.yaml"))
         raise ConfigError(f"study '{file}' is neither a file nor known{did_you_mean(file, known)}")
     where = f"study '{file}'"
-    content = _read_yaml(path, where)
-    if "part_of" in content:
-        _check_keys(content, PART_KEYS, where)
-        if path in parts:
-            raise ConfigError(f"{where} is part_of itself; name the study that it is a part of")
-        return _part(path, content, _read_study(content["part_of"], (*parts, path)), where)
-    _check_keys(content, STUDY_KEYS, where, needed=("output", "runs"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{where} is not readable YAML: {error}") from error
+    if "part_of" not in content:
+        _check_keys(content, STUDY_KEYS, where, needed=("output", "runs"))
+        return path, content | {"runs": _runs(content, where)}
+    _check_keys(content, PART_KEYS, where)
+    if path in parts:
+        raise ConfigError(f"{where} is part_of itself; name the study that it is a part of")
+    whole_path, whole = _read_study(content["part_of"], (*parts, path))
+    runs = _part(content, whole["runs"], f"{where}, part of {whole_path}")
+    if "output" not in content:
+        return whole_path, whole | {"runs": runs}
+    # Runs of their own: the whole's expected ranges are not theirs.
+    return path, {key: content[key] for key in OWN_KEYS if key in content} | {"runs": runs}
+
+
+def _runs(content: dict, where: str) -> list[dict]:
+    """The runs of a study, each with its own keys or the defaults."""
     defaults = content.get("defaults", {})
     _check_keys(defaults, DEFAULT_KEYS, f"{where}, defaults")
-    runs = []
+    runs, names = [], []
     for number, entry in enumerate(content["runs"], start=1):
-        if not isinstance(entry, dict):
+        _check_keys(entry, RUN_KEYS, f"{where}, run {number}", needed=("name",))
+        if entry["name"] in names:
             raise ConfigError(
-                f"{where}: run {number} is {entry!r}; write {{name: ..., config: ...}}"
+                f"{where} has 2 runs named '{entry['name']}'; give each a name of its own"
             )
-        entry = {key: defaults[key] for key in ("config", "seeds") if key in defaults} | entry
-        name = f"{where}, run '{entry.get('name', number)}'"
-        _check_keys(entry, RUN_KEYS, name, needed=("name", "config"))
-        entry["seeds"] = _seeds(entry.get("seeds"), name)
-        opts = (content.get("opts"), defaults.get("opts"), entry.get("opts"))
-        entry["opts"] = [value for values in opts for value in values or []]
-        runs.append(entry)
-    names = [entry["name"] for entry in runs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"{where} has {names.count(name)} runs named '{name}'; give each a name of its own"
-            )
-    if not runs:
-        raise ConfigError(f"{where} has no runs; name at least one under runs")
-    return path, content | {"runs": runs}
+        names.append(entry["name"])
+        run = {"seeds": None} | defaults | entry
+        if "config" not in run:
+            raise ConfigError(f"{where}, run '{entry['name']}' has no config; add it")
+        run["opts"] = [v for part in (content, defaults, entry) for v in part.get("opts", [])]
+        runs.append(run)
+    return runs
 
 
-def _part(path: Path, content: dict, whole: tuple[Path, dict], where: str) -> tuple[Path, dict]:
-    """The path and content of a part of a study."""
-    whole_path, whole_content = whole
+def _part(content: dict, whole: list[dict], where: str) -> list[dict]:
+    """The runs of a part of a study."""
     for key in ("opts", "expected"):
         if key in content and "output" not in content:
             raise ConfigError(
-                f"{where} has {key} but no output, so its runs would be those of {whole_path}; "
-                "give it an output folder of its own"
+                f"{where}, has {key} but no output, so its runs would be those of the whole; give "
+                "it an output folder of its own"
             )
-    names = [entry["name"] for entry in whole_content["runs"]]
-    only = content.get("only", names)
+    names = [entry["name"] for entry in whole]
+    only, seeds, runs = content.get("only", names), content.get("seeds"), []
     for name in only:
         if name not in names:
             raise ConfigError(
-                f"{where}: {name} is no run of {whole_path}{did_you_mean(str(name), names)}"
+                f"{where}: {name} is none of its runs{did_you_mean(str(name), names)}"
             )
-    seeds = _seeds(content.get("seeds"), where)
-    runs = [dict(entry) for entry in whole_content["runs"] if entry["name"] in only]
-    for entry in runs:
+    for entry in whole:
+        run = entry | {"opts": [*entry["opts"], *content.get("opts", [])]}
         if entry["seeds"] and seeds:
-            kept = [seed for seed in entry["seeds"] if seed in seeds]
-            if not kept:
+            run["seeds"] = [seed for seed in entry["seeds"] if seed in seeds]
+            if not run["seeds"]:
                 raise ConfigError(
-                    f"{where}: seeds is {seeds}, and '{entry['name']}' of {whole_path} has the "
-                    f"seeds {entry['seeds']}"
+                    f"{where}: seeds is {seeds}, and '{entry['name']}' has {entry['seeds']}"
                 )
-            entry["seeds"] = kept
-        entry["opts"] = [*entry["opts"], *content.get("opts", [])]
-    if "output" not in content:
-        return whole_path, whole_content | {"runs": runs}
-    # Runs of their own: the whole's expected ranges are not theirs.
-    own = {key: content[key] for key in ("output", "expected") if key in content}
-    return path, {**own, "runs": runs}
-
-
-def _read_yaml(path: Path, where: str) -> dict:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}: {error.problem}" if mark else f": {error}"
-        raise ConfigError(f"{where} is not readable YAML{line}; correct the file") from error
-    if not isinstance(content, dict):
-        what = "is empty" if content is None else f"holds a {type(content).__name__}"
-        raise ConfigError(f"{where} {what}; a study has the keys output and runs")
-    return content
+        if entry["name"] in only:
+            runs.append(run)
+    return runs
 
 
 def _check_keys(
-    content: Mapping, known: Mapping[str, type], where: str, *, needed: tuple[str, ...] = ()
+    content: object, known: Mapping[str, type], where: str, *, needed: tuple[str, ...] = ()
 ) -> None:
     """Refuses unknown keys, missing ones, values of a wrong type and opts that are no pairs."""
+    if not isinstance(content, dict):
+        raise ConfigError(f"{where} is {content!r}; it must be a mapping of keys")
     for key, value in content.items():
         if key not in known:
             raise ConfigError(f"{where} has an unknown key {key}{did_you_mean(str(key), known)}")
@@ -237,20 +213,16 @@ def _check_keys(
         raise ConfigError(
             f"{where}: opts has {len(content['opts'])} entries; they come in pairs of KEY VALUE"
         )
-
-
-def _seeds(seeds: list | None, where: str) -> list[int]:
-    for seed in seeds or []:
-        if not isinstance(seed, int) or seed < 0 or seeds.count(seed) > 1:
-            raise ConfigError(
-                f"{where}: seeds is {seeds}; they must be different whole numbers, 0 or more"
-            )
-    return seeds or []
+    seeds = content.get("seeds") or []
+    if any(not isinstance(seed, int) or seed < 0 or seeds.count(seed) > 1 for seed in seeds):
+        raise ConfigError(
+            f"{where}: seeds is {seeds}; they must be different whole numbers, 0 or more"
+        )
 
 
 def _fill_in(value: str, folder: Path, where: str) -> str:
     """Puts the study's folder in the place of ``{output}``."""
-    for name in _PLACEHOLDER.findall(value):
+    for name in re.findall(r"\{([A-Za-z_]\w*)\}", value):
         if name != "output":
             raise ConfigError(
                 f"{where}: '{value}' has the unknown placeholder {{{name}}}; the one that there is "
@@ -275,11 +247,10 @@ def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> N
         if before[key] != after[key] and not key.startswith("SOLVER.CHECKPOINT_")
     ]
     if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise ConfigError(
-            f"{where}: the finished run {run.folder} was trained with {', '.join(changed[:3])}"
-            f"{more}; give the row another name or the study another output, or remove the folder "
-            f"to train it again ({run.folder / CONFIG} says what it was trained with)"
+            f"{where}: the finished run {run.folder} was trained with {', '.join(changed)}; give "
+            "the row another name or the study another output, or remove the folder to train it "
+            f"again ({run.folder / CONFIG} says what it was trained with)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Pictures: training curves and AP of runs; detections, features and logits of trained models.
+"""Pictures: training curves and AP of runs; detections and features of trained models.
 
 The command is ``tools/visualize.py``.
 """

@@ -4,12 +4,11 @@ The baseline is a band (mean and standard deviation over its seeds; a line for o
 rows, the teacher a dashed line: what lies between the two is the gap that distillation is to close.
 """
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from textwrap import fill
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -33,9 +32,6 @@ def plot_ap(
         path: an image file to write, if any.
         teacher_ap: the teacher's AP by task ("bbox", "segm").
 
-    Returns:
-        The figure, one axes per task that any run was evaluated on.
-
     Raises:
         ConfigError: no run holds an AP.
     """
@@ -47,52 +43,43 @@ def plot_ap(
     if not found:
         folders = ", ".join(str(run.path) for runs in groups.values() for run in runs)
         raise ConfigError(f"there is no AP to draw in {folders or 'no run at all'}")
-    plain = {name for name, runs in groups.items() if all(r.method == BASELINE for r in runs)}
+    plain = [name for name, runs in groups.items() if all(r.method == BASELINE for r in runs)]
     rows = max(len(methods) for methods in found.values())
     figure = new_figure(7.2 * len(found), 0.36 * rows + 1.5)
-    for index, (task, methods) in enumerate(found.items()):
-        axes = figure.add_subplot(1, len(found), index + 1)
-        _draw(axes, methods, plain)
+    for column, (task, methods) in enumerate(found.items(), start=1):
+        axes = figure.add_subplot(1, len(found), column)
+        order = sorted(methods, key=lambda name: fmean(methods[name]))
+        for row, name in enumerate(order):
+            values, colour = methods[name], _BASELINE if name in plain else _DISTILLED
+            mean = fmean(values)
+            if name in plain:
+                spread = stdev(values) if len(values) > 1 else 0.0
+                line = 0 if spread else 2
+                axes.axvspan(mean - spread, mean + spread, color=colour, alpha=0.3, linewidth=line)
+            axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
+            axes.plot(mean, row, "|", color=colour, markersize=16, markeredgewidth=2.5)
+        axes.set_yticks(range(len(order)), [fill(name, 32) for name in order])
+        axes.set_ylim(-0.7, len(order) - 0.3)
+        axes.grid(axis="x", alpha=0.3)
         axes.set_title(f"{TASKS[task].capitalize()} AP on the test data")
         axes.set_xlabel("AP (points)")
         if task in teacher_ap:
             axes.axvline(teacher_ap[task], color="black", linestyle="--", linewidth=1.2)
-    handles = [
-        Line2D([], [], color=_DISTILLED, marker="o", linestyle=""),
-        Line2D([], [], color=_DISTILLED, marker="|", markersize=14, linestyle="", linewidth=2),
-    ]
-    names = ["one seed", "mean of the seeds"]
+    handles = {
+        "one seed": Line2D([], [], color=_DISTILLED, marker="o", linestyle=""),
+        "mean of the seeds": Line2D(
+            [], [], color=_DISTILLED, marker="|", markersize=14, linestyle="", linewidth=2
+        ),
+    }
     if plain:
-        several = any(
-            len(values) > 1 for m in found.values() for n, values in m.items() if n in plain
-        )
-        handles.append(Line2D([], [], color=_BASELINE, linewidth=8 if several else 2, alpha=0.3))
-        names.append("baseline ± standard deviation" if several else "baseline")
+        several = any(len(groups[name]) > 1 for name in plain)
+        label = "baseline ± standard deviation" if several else "baseline"
+        handles[label] = Line2D([], [], color=_BASELINE, linewidth=8 if several else 2, alpha=0.3)
     if teacher_ap:
-        handles.append(Line2D([], [], color="black", linestyle="--"))
-        names.append("teacher")
-    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+        handles["teacher"] = Line2D([], [], color="black", linestyle="--")
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=2, frameon=False)
     return save_figure(figure, path)
 
 
 def _values(runs: Sequence[Run], task: str) -> list[float]:
     return [run.results[task]["AP"] for run in runs if "AP" in run.results.get(task, {})]
-
-
-def _draw(axes: Axes, methods: Mapping[str, Sequence[float]], plain: set[str]) -> None:
-    """One row per method, from the best mean downwards."""
-    order = sorted(methods, key=lambda name: statistics.fmean(methods[name]))
-    for row, name in enumerate(order):
-        values = methods[name]
-        mean, colour = statistics.fmean(values), _BASELINE if name in plain else _DISTILLED
-        if name in plain:
-            if len(values) > 1:
-                spread = statistics.stdev(values)
-                axes.axvspan(mean - spread, mean + spread, color=colour, alpha=0.3, linewidth=0)
-            else:
-                axes.axvline(mean, color=colour, alpha=0.3, linewidth=2)
-        axes.plot(values, [row] * len(values), "o", color=colour, alpha=0.6)
-        axes.plot(mean, row, "|", color=colour, markersize=16, markeredgewidth=2.5)
-    axes.set_yticks(range(len(order)), [fill(name, 32) for name in order])
-    axes.set_ylim(-0.7, len(order) - 0.3)
-    axes.grid(axis="x", alpha=0.3)

@@ -1,6 +1,6 @@
 """Class-activation maps of several models for the same object: where each model looks.
 
-Grad-CAM (arXiv 1610.02391), by the package ``grad-cam``. All models explain the same ground-truth
+Grad-CAM (arXiv 1610.02391). All models explain the same ground-truth
 box and class, whether they detected it or not: the box head classifies that box, and the gradient
 of the class's logit weighs the channels of the FPN level that the box is pooled from. So the maps
 of teacher, baseline and student differ in the models alone (the comparison of CKD, arXiv
@@ -17,24 +17,17 @@ import torch
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch.nn.functional import interpolate
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.visualize.figures import new_figure, save_figure
-from kd_detectron.visualize.models import BoxClassifier, LoadedModel, check_classes, read_rgb
+from kd_detectron.visualize.figures import image_grid, save_figure
+from kd_detectron.visualize.models import LoadedModel, check_classes, read_rgb
 from kd_detectron.visualize.predictions import ground_truth
-
-_PANEL_INCHES = 3.4
 
 
 @dataclass(frozen=True)
 class ActivationMap:
-    """One model's map for one object.
-
-    Attributes:
-        values: (H, W) of the image file, 0 to 1.
-        level: the FPN level that it was computed on.
-        probability: what the model gives to the object's class.
-    """
+    """One model's map (H, W), 0 to 1, on one FPN level, and its probability of the class."""
 
     values: np.ndarray
     level: str
@@ -47,93 +40,54 @@ def draw_cams(
     class_names: Sequence[str],
     path: str | Path | None = None,
 ) -> Figure:
-    """Draws the maps of every model for the largest object of every record.
-
-    Args:
-        models: the columns, after the image itself.
-        records: the rows.
-        class_names: names of the K classes.
-        path: an image file to write, if any.
-
-    Returns:
-        The figure: row by row the image and one axes per model, then the colour bar's.
+    """Draws the maps of every model for the largest object of every record, one row per record.
 
     Raises:
-        ConfigError: there is no annotated image, a model has no box head, or the package
-            ``grad-cam`` is not installed.
+        ConfigError: there is no annotated image, or a model has no box head.
     """
     records = [record for record in records if ground_truth(record).classes]
     if not records:
         raise ConfigError("there is no object to explain: the chosen images have no annotations")
     for model in models:
         check_classes(model, class_names)
-    titles = ["object", *(f"{model.label}\n{model.ap}".strip() for model in models)]
-    heights = [record["height"] / record["width"] for record in records]
-    height = _PANEL_INCHES * sum(heights) + 0.35 * len(records) + 0.6
-    figure = new_figure(_PANEL_INCHES * len(titles) + 0.8, height)
-    grid = figure.add_gridspec(len(records), len(titles), height_ratios=heights)
-    for row, record in enumerate(records):
-        image = read_rgb(record)
+    figure, axes = image_grid(records, ["object", *(model.title for model in models)])
+    for row, record in zip(axes, records, strict=True):
         box, category = largest_object(record)
-        for column, title in enumerate(titles):
-            axes = figure.add_subplot(grid[row, column])
-            axes.set(xticks=[], yticks=[])
-            axes.imshow(image)
-            if column == 0:
-                axes.set_xlabel(class_names[category], fontsize=11)
-                axes.set_ylabel(Path(record["file_name"]).name, fontsize=8)
-            else:
-                found = activation_map(models[column - 1], record, box, category)
-                axes.imshow(found.values, cmap="turbo", alpha=0.5, vmin=0, vmax=1)
-                text = f"p({class_names[category]}) = {found.probability:.2f}, level {found.level}"
-                axes.set_xlabel(text, fontsize=11)
-            corner, width, height = box[:2], box[2] - box[0], box[3] - box[1]
-            axes.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="w", linewidth=2))
-            if row == 0:
-                axes.set_title(title, fontsize=13)
-    bar = figure.colorbar(
-        ScalarMappable(cmap="turbo"), ax=figure.axes, shrink=0.6, aspect=30, pad=0.01
-    )
-    bar.set_label("class activation, relative to the map's maximum")
+        for panel in row:
+            panel.imshow(read_rgb(record))
+            width, height = box[2:] - box[:2]
+            panel.add_patch(Rectangle(box[:2], width, height, fill=False, edgecolor="w", lw=2))
+        row[0].set_xlabel(class_names[category], fontsize=11)
+        for panel, model in zip(row[1:], models, strict=True):
+            found = activation_map(model, record, box, category)
+            panel.imshow(found.values, cmap="turbo", alpha=0.5, vmin=0, vmax=1)
+            text = f"p({class_names[category]}) = {found.probability:.2f}, level {found.level}"
+            panel.set_xlabel(text, fontsize=11)
+    label = "class activation, relative to the map's maximum"
+    figure.colorbar(ScalarMappable(cmap="turbo"), ax=axes, shrink=0.6, pad=0.01, label=label)
     return save_figure(figure, path)
 
 
 def activation_map(
     model: LoadedModel, record: dict, box: np.ndarray, category: int
 ) -> ActivationMap:
-    """Computes one model's Grad-CAM map for one object.
-
-    Args:
-        model: the detector.
-        record: the image.
-        box: (4,) XYXY in pixels of the image file.
-        category: the class to explain, 0 to K-1.
-
-    Raises:
-        ConfigError: the model has no box head, or the package ``grad-cam`` is not installed.
-    """
-    try:
-        from pytorch_grad_cam import GradCAM
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-    except ImportError as error:
-        raise ConfigError(
-            "class-activation maps need the package grad-cam: pip install grad-cam"
-        ) from error
-    batch = model.batch(record)
-    classifier = BoxClassifier(model, box[None], record, batch)
-    level = classifier.level_of_box()
-    # A model that is frozen whole has no graph unless the image starts one.
-    images = batch.tensor.clone().requires_grad_(True)
-    with torch.enable_grad(), GradCAM(classifier, [classifier.levels[level]]) as cam:
-        values = cam(images, targets=[ClassifierOutputTarget(category)])[0]
-        probability = float(cam.outputs[0].detach().softmax(dim=0)[category])
+    """Computes one model's Grad-CAM map for a box (4,), XYXY in pixels of the image file."""
+    logits, maps, batch = model.classify(record, box[None])
+    gradients = torch.autograd.grad(
+        logits[0, category], list(maps.values()), allow_unused=True, materialize_grads=True
+    )
+    gradients = dict(zip(maps, gradients, strict=True))
+    # The box is pooled from one level; the others have no gradient.
+    level = max(maps, key=lambda level: gradients[level].abs().sum().item())
+    weights = gradients[level].mean(dim=(2, 3), keepdim=True)
+    values = (weights * maps[level]).sum(dim=1, keepdim=True).relu().detach().cpu()
+    values = interpolate(values, batch.tensor.shape[-2:], mode="bilinear")
     height, width = batch.image_sizes[0]
     # The padding beside the image is no place to look at: the image alone sets the scale.
-    values = torch.as_tensor(values)[None, None, :height, :width]
+    values = values[..., :height, :width]
     values = values / values.max().clamp(min=1e-12)
-    values = torch.nn.functional.interpolate(
-        values, size=(record["height"], record["width"]), mode="bilinear"
-    )
+    values = interpolate(values, (record["height"], record["width"]), mode="bilinear")
+    probability = logits[0].detach().softmax(dim=0)[category].item()
     return ActivationMap(values[0, 0].numpy(), level, probability)
 
 

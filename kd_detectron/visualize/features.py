@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -30,12 +31,12 @@ _PANEL_INCHES = 2.6
 
 @dataclass(frozen=True)
 class FeatureComparison:
-    """One student against the teacher, over several images.
+    """One student against the teacher, over several images, by level name.
 
     Attributes:
-        difference: mean of 1 - cosine over all locations, by level name.
-        cka: linear CKA over all locations of all images, by level name.
-        maps: the difference (H_l, W_l) at each location of the first image, by level name.
+        difference: mean of 1 - cosine over all locations.
+        cka: linear CKA over all locations of all images.
+        maps: the difference (H_l, W_l) at each location of the first image.
     """
 
     difference: dict[str, float]
@@ -56,15 +57,12 @@ def compare_features(
     pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for record in records:
         own, other = student.features(record), teacher.features(record)
-        for level in own:
-            if level not in other:
-                continue
-            shapes = [tuple(maps[level].shape) for maps in (own, other)]
-            if shapes[0] != shapes[1]:
+        for level in (level for level in own if level in other):
+            if own[level].shape != other[level].shape:
                 raise ConfigError(
-                    f"level {level} is {shapes[0]} in {student.label} and {shapes[1]} in "
-                    f"{teacher.label}: compare models of the same FPN channels, strides and INPUT "
-                    "sizes"
+                    f"level {level} is {tuple(own[level].shape)} in {student.label} and "
+                    f"{tuple(other[level].shape)} in {teacher.label}: compare models of the same "
+                    "FPN channels, strides and INPUT sizes"
                 )
             pairs.setdefault(level, []).append((own[level], other[level]))
     if not pairs:
@@ -73,12 +71,13 @@ def compare_features(
             f"{', '.join(other)}: none to compare"
         )
     difference, cka, maps = {}, {}, {}
-    for level, values in pairs.items():
-        each = [feature_difference(own, other) for own, other in values]
+    for level, both in pairs.items():
+        each = [feature_difference(own, other) for own, other in both]
         difference[level] = float(torch.cat([one.flatten() for one in each]).mean())
-        own_rows = torch.cat([own.flatten(1).T for own, _ in values])
-        other_rows = torch.cat([other.flatten(1).T for _, other in values])
-        cka[level] = linear_cka(own_rows, other_rows)
+        own, other = zip(*both, strict=True)
+        cka[level] = linear_cka(
+            *(torch.cat([x.flatten(1).T for x in side]) for side in (own, other))
+        )
         maps[level] = each[0].numpy()
     return FeatureComparison(difference, cka, maps)
 
@@ -108,70 +107,54 @@ def draw_feature_differences(
 ) -> Figure:
     """Draws the difference maps of the first image, and the means over all images as bars.
 
-    Args:
-        teacher: what the students are compared with.
-        students: one column of maps and one colour of bars each; the baseline first.
-        records: the images; the first one is shown.
-        path: an image file to write, if any.
-
     Returns:
-        The figure: the image, the maps level by level, a colour bar, and two bar charts.
+        The figure: one row per student (the image, the maps level by level), a colour bar, and two
+        bar charts.
     """
-    if not students:
-        raise ConfigError("there is no student to compare with the teacher")
     found = [compare_features(student, teacher, records) for student in students]
     levels = list(found[0].difference)
     image = read_rgb(records[0])
     ratio = image.shape[0] / image.shape[1]
-    columns = len(levels) + 1
     maps_height = (_PANEL_INCHES * ratio + 0.3) * len(students) + 0.9
-    figure = new_figure(_PANEL_INCHES * columns + 1.0, maps_height + 4.0)
+    figure = new_figure(_PANEL_INCHES * (len(levels) + 1) + 1.0, maps_height + 4.0)
     top, bottom = figure.subfigures(2, 1, height_ratios=[maps_height, 4.0])
 
     scale = Normalize(0, max(one.maps[level].max() for one in found for level in levels))
-    panels = top.subplots(len(students), columns, squeeze=False)
-    for row, (student, one) in enumerate(zip(students, found, strict=True)):
-        panels[row, 0].imshow(image)
-        panels[row, 0].set_ylabel(f"{student.label}\n{student.ap}".strip(), fontsize=11)
-        for column, level in enumerate(levels, start=1):
+    no_ticks = {"xticks": [], "yticks": []}
+    panels = top.subplots(len(students), len(levels) + 1, squeeze=False, subplot_kw=no_ticks)
+    for row, student, one in zip(panels, students, found, strict=True):
+        row[0].imshow(image)
+        row[0].set_ylabel(student.title, fontsize=11)
+        for panel, level in zip(row[1:], levels, strict=True):
             # Drawn over the whole image's extent, so that all levels have its shape.
-            panels[row, column].imshow(
-                one.maps[level], cmap="magma", norm=scale, extent=(0, 1, 0, 1), aspect=ratio
-            )
-            panels[row, column].set_xlabel(f"mean {one.maps[level].mean():.2f}", fontsize=10)
-            if row == 0:
-                panels[row, column].set_title(level, fontsize=13)
-        for axes in panels[row]:
-            axes.set(xticks=[], yticks=[])
+            extent = {"extent": (0, 1, 0, 1), "aspect": ratio}
+            panel.imshow(one.maps[level], cmap="magma", norm=scale, **extent)
+            panel.set_xlabel(f"mean {one.maps[level].mean():.2f}", fontsize=10)
+    for panel, level in zip(panels[0, 1:], levels, strict=True):
+        panel.set_title(level, fontsize=13)
     top.suptitle(f"Feature difference to the {teacher.label}, by level", fontsize=14)
-    bar = top.colorbar(ScalarMappable(norm=scale, cmap="magma"), ax=panels, shrink=0.8, pad=0.01)
-    bar.set_label("1 - cosine (0: same)")
+    bar = ScalarMappable(norm=scale, cmap="magma")
+    top.colorbar(bar, ax=panels, shrink=0.8, pad=0.01, label="1 - cosine (0: same)")
 
     charts = bottom.subplots(1, 2)
-    labels = [student.label for student in students]
-    _draw_bars(charts[0], levels, [one.difference for one in found], labels)
+    _draw_bars(charts[0], [one.difference for one in found], "1 - cosine")
     charts[0].set_title(f"Mean difference over {len(records)} images (lower: closer)")
-    charts[0].set_ylabel("1 - cosine")
-    _draw_bars(charts[1], levels, [one.cka for one in found], labels)
+    _draw_bars(charts[1], [one.cka for one in found], "linear CKA")
     charts[1].set_title(f"Alignment over {len(records)} images (higher: closer)")
-    charts[1].set_ylabel("linear CKA")
-    handles, labels = charts[0].get_legend_handles_labels()
-    bottom.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    names = [student.label for student in students]
+    bottom.legend(charts[0].containers, names, loc="outside lower center", ncols=4, frameon=False)
     return save_figure(figure, path)
 
 
-def _draw_bars(axes, levels: Sequence[str], values: Sequence[dict], labels: Sequence[str]) -> None:
+def _draw_bars(axes: Axes, values: Sequence[dict[str, float]], label: str) -> None:
+    """One group of bars per level, one colour per student."""
     width = 0.8 / len(values)
-    positions = np.arange(len(levels))
-    for index, (one, label) in enumerate(zip(values, labels, strict=True)):
-        bars = axes.bar(
-            positions + (index - (len(values) - 1) / 2) * width,
-            [one[level] for level in levels],
-            width=0.92 * width,
-            color=PALETTE[index % len(PALETTE)],
-            label=label,
-        )
+    positions = np.arange(len(values[0]))
+    for index, one in enumerate(values):
+        offset = (index - (len(values) - 1) / 2) * width
+        colour = PALETTE[index % len(PALETTE)]
+        bars = axes.bar(positions + offset, one.values(), 0.92 * width, color=colour)
         axes.bar_label(bars, fmt="%.2f", fontsize=8, padding=2)
-    axes.set_xticks(positions, levels)
-    axes.set_xlabel("FPN level")
+    axes.set_xticks(positions, values[0])
+    axes.set(xlabel="FPN level", ylabel=label)
     axes.margins(y=0.12)

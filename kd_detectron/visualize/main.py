@@ -14,7 +14,7 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.runs.groups import named_groups, teacher_folders
 from kd_detectron.runs.main import DATASET_HELP
 from kd_detectron.runs.run import Run, load_run
-from kd_detectron.runs.tables import load_teacher_result
+from kd_detectron.runs.tables import load_teacher
 from kd_detectron.visualize.ap import plot_ap
 from kd_detectron.visualize.curves import plot_curves
 
@@ -45,7 +45,7 @@ def load_groups(args: argparse.Namespace) -> tuple[dict[str, list[Run]], dict[st
     runs = [load_run(run, args.dataset) for run in args.runs]
     folders = teacher_folders(runs)
     teacher = args.teacher or (next(iter(folders)) if len(folders) == 1 else None)
-    results = load_teacher_result(teacher, args.dataset).results if teacher else {}
+    results = load_teacher(teacher, args.dataset).results if teacher else {}
     groups = {
         name: group
         for name, group in named_groups(runs).items()
@@ -57,63 +57,46 @@ def load_groups(args: argparse.Namespace) -> tuple[dict[str, list[Run]], dict[st
 def predictions(args: argparse.Namespace) -> None:
     from kd_detectron.visualize.predictions import draw_predictions
 
-    models = load_models(args)
-    records, class_names = load_records(args, models)
+    models, records, class_names = load_models_and_records(args)
     draw_predictions(models, records, class_names, args.output, score_threshold=args.threshold)
 
 
 def cam(args: argparse.Namespace) -> None:
     from kd_detectron.visualize.cams import draw_cams
 
-    models = load_models(args)
-    records, class_names = load_records(args, models)
+    models, records, class_names = load_models_and_records(args)
     draw_cams(models, records, class_names, args.output)
 
 
 def features(args: argparse.Namespace) -> None:
     from kd_detectron.visualize.features import draw_feature_differences
 
-    teacher, students = teacher_and_students(args)
-    records, _ = load_records(args, students)
-    draw_feature_differences(teacher, students, records, args.output)
-
-
-def logits(args: argparse.Namespace) -> None:
-    from kd_detectron.visualize.logits import draw_correlations
-
-    teacher, students = teacher_and_students(args)
-    records, class_names = load_records(args, students)
-    draw_correlations(teacher, students, records, class_names, args.output)
-
-
-def teacher_and_students(args: argparse.Namespace) -> tuple:
-    models = load_models(args)
+    models, records, _ = load_models_and_records(args)
     if not models[0].is_teacher:
         raise ConfigError("none of the runs names a teacher to compare with: give --teacher")
-    return models[0], models[1:]
+    draw_feature_differences(models[0], models[1:], records, args.output)
 
 
-def load_models(args: argparse.Namespace) -> list:
+def load_models_and_records(args: argparse.Namespace) -> tuple:
+    """The models, the teacher's first; the images to draw; and the names of the classes."""
     from kd_detectron.visualize import models as loading
 
-    return loading.load_models(
-        args.runs,
-        labels=args.labels,
-        teacher=args.teacher,
-        teacher_weights=args.teacher_weights,
-        with_teacher=not getattr(args, "no_teacher", False),
-        dataset=args.dataset,
-    )
-
-
-def load_records(args: argparse.Namespace, models: list) -> tuple[list[dict], list[str]]:
-    """The images to draw; the last model is a run's student, whose config names the dataset."""
-    from kd_detectron.visualize import models as loading
-
+    models = loading.load_models(args.runs, teacher=args.teacher, dataset=args.dataset)
+    # The last model is a run's student, whose config names the dataset.
     records, class_names = loading.dataset_records(models[-1].cfg, args.dataset)
     if args.images:
-        return loading.find_records(records, args.images), class_names
-    return loading.choose_records(records, args.count, seed=args.seed), class_names
+        return models, loading.find_records(records, args.images), class_names
+    return models, loading.choose_records(records, args.count, seed=args.seed), class_names
+
+
+# What each command draws, and by default of how many images.
+COMMANDS = {
+    ap: ("final AP of each method, one dot per seed", None),
+    curves: ("AP and every loss over the iterations", None),
+    predictions: ("detections beside the ground truth", 4),
+    cam: ("class-activation maps for the same object", 3),
+    features: ("distance of each student's features to the teacher's, by FPN level", 16),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -123,61 +106,36 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, summary: str) -> argparse.ArgumentParser:
+    for function, (summary, images) in COMMANDS.items():
         name = function.__name__
         sub = commands.add_parser(name, help=summary, description=summary)
-        sub.add_argument("runs", nargs="+", metavar="RUN", help="run folder (OUTPUT_DIR)")
-        sub.add_argument(
-            "--output", type=Path, default=Path(f"{name}.png"), help="image file (%(default)s)"
-        )
         sub.set_defaults(function=function)
-        return sub
-
-    for function, summary in (
-        (ap, "final AP of each method, one dot per seed"),
-        (curves, "AP and every loss over the iterations"),
-    ):
-        sub = command(function, summary)
-        sub.add_argument(
+        add = sub.add_argument
+        add("runs", nargs="+", metavar="RUN", help="run folder (OUTPUT_DIR)")
+        add("--output", type=Path, default=f"{name}.png", help="image file (%(default)s)")
+        add(
             "--teacher",
-            metavar="RUN|JSON",
-            help="whose AP is drawn as a line (default: the run that the distilled ones name)",
+            metavar="RUN",
+            help="the teacher's run folder (default: the teacher that the distilled runs name)",
         )
-        sub.add_argument("--dataset", default="", metavar="NAME", help=DATASET_HELP)
-
-    sub = command(predictions, "detections beside the ground truth")
-    add_model_arguments(sub, images=4)
-    sub.add_argument("--no-teacher", action="store_true", help="leave the teacher out")
-    sub.add_argument(
-        "--threshold", type=float, default=0.5, help="least score that is drawn (%(default)s)"
-    )
-
-    sub = command(cam, "class-activation maps for the same object (needs grad-cam)")
-    add_model_arguments(sub, images=3)
-
-    sub = command(features, "distance of each student's features to the teacher's, by FPN level")
-    add_model_arguments(sub, images=16)
-
-    sub = command(logits, "class correlations of the box logits, teacher against students")
-    add_model_arguments(sub, images=50)
+        add("--dataset", default="", metavar="NAME", help=DATASET_HELP)
+        if images:
+            add("--images", nargs="+", default=[], help="file names or image ids")
+            add(
+                "--count",
+                type=int,
+                default=images,
+                help="number of images, without --images (%(default)s)",
+            )
+            add("--seed", type=int, default=0, help="chooses the images (%(default)s)")
+        if function is predictions:
+            add(
+                "--threshold",
+                type=float,
+                default=0.5,
+                help="least score that is drawn (%(default)s)",
+            )
     return parser
-
-
-def add_model_arguments(parser: argparse.ArgumentParser, *, images: int) -> None:
-    parser.add_argument("--labels", nargs="+", default=[], help="what to call the runs, one each")
-    parser.add_argument(
-        "--teacher", metavar="RUN|CONFIG", help="another teacher: its run folder or config"
-    )
-    parser.add_argument("--teacher-weights", default="", metavar="FILE", help="its checkpoint")
-    parser.add_argument("--dataset", default="", help="registered dataset (DATASETS.TEST)")
-    parser.add_argument("--images", nargs="+", default=[], help="file names or image ids")
-    parser.add_argument(
-        "--count", type=int, default=images, help="number of images, without --images (%(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="chooses the images, without --images (%(default)s)"
-    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

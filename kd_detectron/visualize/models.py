@@ -1,4 +1,4 @@
-"""Loads trained detectors for the pictures: a run's student, a run's teacher, or any config.
+"""Loads trained detectors for the pictures: a run's student and its teacher.
 
 Nothing here trains: distillation is switched off in the config, so that a student is built without
 its teacher. A record is one image as Detectron2's datasets describe it: a dict with ``file_name``,
@@ -6,7 +6,6 @@ its teacher. A record is one image as Detectron2's datasets describe it: a dict 
 by Detectron2's own test-time mapper, in its own channel order.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,34 +17,26 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
-from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import nn
 
 from kd_detectron.checkpoint import DistillationCheckpointer, refuse_misfit
-from kd_detectron.config import get_config, load_run_config
+from kd_detectron.config import load_run_config
 from kd_detectron.data.coco_format import register_coco_format
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.taps import box_head_of
 from kd_detectron.modeling.teacher_loading import build_teacher_model, load_teacher, teacher_config
 from kd_detectron.preflight.classes import check_number_of_classes
-from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
-from kd_detectron.runs.groups import named_groups
+from kd_detectron.runs.files import CONFIG, FINAL_CHECKPOINTS, LAST_CHECKPOINT, last_checkpoint
+from kd_detectron.runs.groups import TEACHER, named_groups
 from kd_detectron.runs.run import TASKS, Run, backbone_name, load_run
-
-_TEACHER = "teacher "
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """A detector in eval mode, and what a picture says of it.
 
-    Attributes:
-        label: what it is called in pictures.
-        model: the Detectron2 detector.
-        cfg: its whole config.
-        ap: text such as "37.7 box AP"; empty if unknown.
-        is_teacher: whether the students are compared with it.
+    ``ap`` is a text such as "37.7 box AP", empty if unknown.
     """
 
     label: str
@@ -53,6 +44,11 @@ class LoadedModel:
     cfg: CfgNode
     ap: str = ""
     is_teacher: bool = False
+
+    @property
+    def title(self) -> str:
+        """The label, and the AP below it."""
+        return f"{self.label}\n{self.ap}".strip()
 
     def inputs(self, record: dict) -> dict:
         """Reads a record as the model expects it: ``image`` (3, H, W), ``height``, ``width``."""
@@ -63,42 +59,53 @@ class LoadedModel:
         """Reads a record as a batch of one, normalised and padded, on the model's device."""
         return self.model.preprocess_image([self.inputs(record)])
 
+    @torch.no_grad()
     def features(self, record: dict) -> dict[str, torch.Tensor]:
         """Returns the feature maps of one record: level name -> (C, H, W), without the padding."""
         batch = self.batch(record)
+        size, padded = np.array(batch.image_sizes[0]), np.array(batch.tensor.shape[-2:])
+        found = {}
+        for level, maps in self.model.backbone(batch.tensor).items():
+            height, width = np.ceil(maps.shape[-2:] * size / padded).astype(int)
+            found[level] = maps[0, :, :height, :width].cpu()
+        return found
+
+    def classify(
+        self, record: dict, boxes: np.ndarray
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], ImageList]:
+        """Classifies given boxes (R, 4), XYXY in pixels of the image file.
+
+        Returns:
+            The box head's logits (R, K+1) with the graph from the feature maps; these maps
+            (1, C, H, W) by level name, as leaves; and the batch.
+
+        Raises:
+            ConfigError: the detector has no box head, or one for each of several stages.
+        """
+        if box_head_of(self.model) is None:
+            raise ConfigError(
+                f"{self.label} ({self.cfg.MODEL.META_ARCHITECTURE}) has not exactly one box "
+                "head, so given boxes cannot be classified; use a Faster or Mask R-CNN"
+            )
+        batch, heads = self.batch(record), self.model.roi_heads
+        height, width = batch.image_sizes[0]
+        scale = [width / record["width"], height / record["height"]] * 2
+        boxes = Boxes(torch.as_tensor(boxes * np.array(scale))).to(batch.tensor.device)
         with torch.no_grad():
             maps = self.model.backbone(batch.tensor)
-        height, width = batch.image_sizes[0]
-        padded_height, padded_width = batch.tensor.shape[-2:]
-        return {
-            level: one[
-                0,
-                :,
-                : math.ceil(one.shape[-2] * height / padded_height),
-                : math.ceil(one.shape[-1] * width / padded_width),
-            ].cpu()
-            for level, one in maps.items()
-        }
+        maps = {level: maps[level].requires_grad_() for level in heads.box_in_features}
+        pooled = heads.box_pooler(list(maps.values()), [boxes])
+        return heads.box_predictor(heads.box_head(pooled))[0], maps, batch
 
-    def logits(self, record: dict, boxes: np.ndarray) -> torch.Tensor:
-        """Returns the box head's logits (R, K+1) for given boxes (R, 4), XYXY in image pixels."""
-        batch = self.batch(record)
-        with torch.no_grad():
-            return BoxClassifier(self, boxes, record, batch)(batch.tensor).cpu()
-
+    @torch.no_grad()
     def detect(self, record: dict) -> Instances:
         """Returns the detections on one record, in pixels of the image file, on the CPU."""
-        with torch.no_grad():
-            return self.model([self.inputs(record)])[0]["instances"].to("cpu")
+        return self.model([self.inputs(record)])[0]["instances"].to("cpu")
 
 
 @dataclass(frozen=True)
 class CachedOutputs(LoadedModel):
-    """A model's outputs on some records, kept when the model itself is gone: ``model`` is None.
-
-    Attributes:
-        found: detections and features by the record's file name.
-    """
+    """A model's outputs on some records, by file name, kept when the model is gone (None)."""
 
     found: dict[str, tuple[Instances, dict[str, torch.Tensor]]] = field(default_factory=dict)
 
@@ -115,115 +122,38 @@ class CachedOutputs(LoadedModel):
         return self.found[record["file_name"]][1]
 
 
-class BoxClassifier(nn.Module):
-    """A detector as a classifier of given boxes: images -> logits (R, K+1), with graph.
+def load_run_student(run_folder: str | Path, *, label: str = "", dataset: str = "") -> LoadedModel:
+    """Loads the student of a run folder: its final checkpoint, or the last one written.
 
-    Attributes:
-        levels: an identity layer on every feature level that the boxes are pooled from; hooks on
-            them see the level's map and its gradient.
-    """
-
-    def __init__(self, loaded: LoadedModel, boxes: np.ndarray, record: dict, batch: ImageList):
-        """
-        Args:
-            loaded: the detector.
-            boxes: (R, 4), XYXY in pixels of the image file.
-            record: the image, with its height and width.
-            batch: the image as the model gets it.
-
-        Raises:
-            ConfigError: the detector has no box head, or one for each of several stages.
-        """
-        super().__init__()
-        if box_head_of(loaded.model) is None:
-            raise ConfigError(
-                f"{loaded.label} ({loaded.cfg.MODEL.META_ARCHITECTURE}) has not exactly one box "
-                "head, so given boxes cannot be classified; use a Faster or Mask R-CNN"
-            )
-        self.detector = loaded.model
-        heads = loaded.model.roi_heads
-        height, width = batch.image_sizes[0]
-        scale = [width / record["width"], height / record["height"]] * 2
-        boxes = torch.as_tensor(boxes, dtype=torch.float32) * torch.tensor(scale)
-        self.boxes = Boxes(boxes.to(batch.tensor.device))
-        self.levels = nn.ModuleDict({level: nn.Identity() for level in heads.box_in_features})
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        heads = self.detector.roi_heads
-        features = self.detector.backbone(images)
-        features = [tap(features[level]) for level, tap in self.levels.items()]
-        return heads.box_predictor(heads.box_head(heads.box_pooler(features, [self.boxes])))[0]
-
-    def level_of_box(self) -> str:
-        """Returns the name of the level that the first box is pooled from."""
-        pooler = self.detector.roi_heads.box_pooler
-        if len(self.levels) == 1:
-            return next(iter(self.levels))
-        index = assign_boxes_to_levels(
-            [self.boxes[:1]],
-            pooler.min_level,
-            pooler.max_level,
-            pooler.canonical_box_size,
-            pooler.canonical_level,
-        )
-        return list(self.levels)[int(index[0])]
-
-
-def load_run_student(
-    run_folder: str | Path, *, label: str = "", weights: str = "", dataset: str = ""
-) -> LoadedModel:
-    """Loads the student of a run folder.
-
-    Args:
-        run_folder: a Detectron2 ``OUTPUT_DIR``.
-        label: what to call it; by default its method and student, "CKD R18".
-        weights: the checkpoint; by default the run's final one, or the last one written.
-        dataset: whose AP stands beside it; by default the first of ``DATASETS.TEST``.
+    Its label is by default its method and student, "CKD R18".
 
     Raises:
         ConfigError: it is no run folder, holds no checkpoint, or the checkpoint does not fit.
     """
     run = load_run(run_folder)
     cfg = load_run_config(run_folder)
-    weights = weights or _checkpoint_of(run.path)
+    weights = _checkpoint_of(run.path)
     label = label or f"{run.method} {run.student}"
     if dataset and dataset != run.test_dataset:
         tested = dataset in cfg.DATASETS.TEST
         run = load_run(run_folder, dataset) if tested else replace(run, results={})
-    return LoadedModel(label, _build(cfg, weights), cfg, _ap_text(run))
-
-
-def load_run_teacher(run_folder: str | Path, *, label: str = "") -> LoadedModel:
-    """Loads the teacher that a run's config names in ``KD.TEACHER``."""
-    cfg = load_run_config(run_folder)
+    cfg.KD.ENABLED = False
     cfg.MODEL.DEVICE = _device(cfg)
-    return load_configured_teacher(cfg, label=label)
+    # The checkpoint has all weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
+    model = build_model(cfg).eval()
+    checkpointer = DistillationCheckpointer(model)
+    checkpointer.load(weights)
+    refuse_misfit(
+        checkpointer.incompatible,
+        f"the checkpoint {weights} does not fit the run's config.yaml",
+        "put back the config.yaml that the run was trained with",
+    )
+    return LoadedModel(label, model, cfg, _ap_text(run))
 
 
-def load_detector(config: str, weights: str, *, label: str = "") -> LoadedModel:
-    """Loads a detector by its config: a model-zoo name, a path, or a config of this project.
-
-    The config may be YAML or a LazyConfig (.py), as for ``KD.TEACHER.CONFIG_FILE``.
-
-    Args:
-        config: the config's name or path.
-        weights: its checkpoint; empty for the model zoo's.
-        label: what to call it; by default its backbone.
-    """
-    cfg = get_config("baseline_rcnn_r18.yaml")
-    cfg.MODEL.DEVICE = _device(cfg)
-    cfg.KD.TEACHER.CONFIG_FILE, cfg.KD.TEACHER.WEIGHTS = config, weights
-    loaded = load_configured_teacher(cfg, label=label)
-    return loaded if label else replace(loaded, label=loaded.label.removeprefix(_TEACHER))
-
-
-def load_configured_teacher(cfg: CfgNode, *, label: str = "") -> LoadedModel:
-    """Loads the whole teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``.
-
-    Args:
-        cfg: a whole config.
-        label: what to call it; by default "teacher" and its backbone, or its LazyConfig file.
-    """
+def load_configured_teacher(cfg: CfgNode) -> LoadedModel:
+    """Loads the whole teacher that ``cfg.KD.TEACHER`` names, on ``cfg.MODEL.DEVICE``."""
     file = cfg.KD.TEACHER.CONFIG_FILE
     if file.endswith(".py"):
         model, input_format = load_teacher(cfg)
@@ -237,8 +167,10 @@ def load_configured_teacher(cfg: CfgNode, *, label: str = "") -> LoadedModel:
         teacher_cfg = teacher_config(cfg)
         model = build_teacher_model(teacher_cfg)
         name, weights = backbone_name(teacher_cfg), teacher_cfg.MODEL.WEIGHTS
-    label = label or f"{_TEACHER}{name}"
-    return LoadedModel(label, model.eval(), teacher_cfg, _ap_of_checkpoint(weights))
+    # Its AP is known if its checkpoint lies in a run folder.
+    folder = Path(weights).parent
+    ap = _ap_text(load_run(folder)) if (folder / CONFIG).is_file() else ""
+    return LoadedModel(f"{TEACHER} {name}", model.eval(), teacher_cfg, ap, is_teacher=True)
 
 
 def load_models(
@@ -246,27 +178,20 @@ def load_models(
     *,
     labels: Sequence[str] = (),
     teacher: str | Path | None = None,
-    teacher_weights: str = "",
-    with_teacher: bool = True,
     dataset: str = "",
 ) -> list[LoadedModel]:
     """Loads the models of one picture: the teacher first, then the students of the runs.
 
     Args:
-        run_folders: Detectron2 ``OUTPUT_DIR``s; that of the teacher among them is drawn once.
+        run_folders: ``OUTPUT_DIR``s; that of the teacher among them is drawn once.
         labels: what to call the runs, one each; by default the names of their rows in a table.
-        teacher: the teacher's run folder, or its config as in ``load_detector``; by default the
-            one that the first distilled run names, none where no run is distilled.
-        teacher_weights: the checkpoint that belongs to ``teacher``.
-        with_teacher: False leaves the teacher out.
+        teacher: the teacher's run folder; by default the teacher that the first distilled run
+            names, none where no run is distilled.
         dataset: whose AP stands beside them; by default the first of ``DATASETS.TEST``.
 
     Raises:
-        ConfigError: as the single loaders, ``labels`` are not as many as the runs, or there is no
-            run but the teacher's.
+        ConfigError: as the single loaders, or there is no run but the teacher's.
     """
-    if labels and len(labels) != len(run_folders):
-        raise ConfigError(f"{len(run_folders)} runs have {len(labels)} labels; give one label each")
     runs = [load_run(folder) for folder in run_folders]
     if not labels:
         names = {
@@ -275,25 +200,20 @@ def load_models(
             for run in group
         }
         labels = [names[run.path] for run in runs]
-    models, shown = [], None
-    if with_teacher and teacher is not None:
-        shown = Path(teacher)
-        if Path(teacher).is_dir():
-            label = f"{_TEACHER}{load_run(teacher).student}"
-            models.append(
-                load_run_student(teacher, label=label, weights=teacher_weights, dataset=dataset)
-            )
-        else:
-            models.append(load_detector(str(teacher), teacher_weights, label="teacher"))
-    elif with_teacher:
-        for run in [run for run in runs if run.teacher][:1]:
-            models.append(load_run_teacher(run.path))
-            shown = run.teacher_folder
-    models = [replace(model, is_teacher=True) for model in models]
-    pairs = zip(runs, labels, strict=True)
+    models, shown = [], Path(teacher) if teacher else None
+    distilled = [run for run in runs if run.teacher]
+    if shown:
+        label = f"{TEACHER} {load_run(shown).student}"
+        student = load_run_student(shown, label=label, dataset=dataset)
+        models.append(replace(student, is_teacher=True))
+    elif distilled:
+        cfg = load_run_config(distilled[0].path)
+        cfg.MODEL.DEVICE = _device(cfg)
+        models.append(load_configured_teacher(cfg))
+        shown = distilled[0].teacher_folder
     students = [
         load_run_student(run.path, label=label, dataset=dataset)
-        for run, label in pairs
+        for run, label in zip(runs, labels, strict=True)
         if shown is None or run.path.resolve() != shown.resolve()
     ]
     if not students:
@@ -304,10 +224,8 @@ def load_models(
 
 
 def match_test_size(model: LoadedModel, other: CfgNode) -> None:
-    """Makes a model read images at the test size of another's config, so that the two compare.
-
-    A model that pads images to a square (ViTDet) reads larger ones at the size of its square.
-    """
+    """Makes a model read images at the test size of another's config, so that the two compare."""
+    # A model that pads images to a square (ViTDet) reads larger ones at the size of its square.
     square = model.model.backbone.padding_constraints.get("square_size", 0)
     largest = other.INPUT.MAX_SIZE_TEST
     model.cfg.INPUT.MIN_SIZE_TEST = other.INPUT.MIN_SIZE_TEST
@@ -315,11 +233,7 @@ def match_test_size(model: LoadedModel, other: CfgNode) -> None:
 
 
 def dataset_records(cfg: CfgNode, name: str = "") -> tuple[list[dict], list[str]]:
-    """Returns a dataset's records and its class names.
-
-    Args:
-        cfg: a config; its ``DATASETS.COCO_FORMAT`` is registered.
-        name: a registered dataset; by default the first of ``DATASETS.TEST``.
+    """Returns the records and class names of a dataset, by default the first of ``DATASETS.TEST``.
 
     Raises:
         ConfigError: there is no such dataset, or its files are missing.
@@ -367,34 +281,12 @@ def read_rgb(record: dict):
     return read_image(record["file_name"], format="RGB")
 
 
-def _build(cfg: CfgNode, weights: str) -> nn.Module:
-    cfg.KD.ENABLED = False
-    cfg.MODEL.DEVICE = _device(cfg)
-    # The checkpoint has all weights.
-    cfg.MODEL.TIMM.PRETRAINED = False
-    model = build_model(cfg).eval()
-    checkpointer = DistillationCheckpointer(model)
-    checkpointer.load(weights)
-    refuse_misfit(
-        checkpointer.incompatible,
-        f"the checkpoint {weights} does not fit the run's config.yaml",
-        "name another checkpoint, or the run's own config.yaml",
-    )
-    return model
-
-
 def _ap_text(run: Run) -> str:
     return ", ".join(
         f"{run.results[task]['AP']:.1f} {name} AP"
         for task, name in TASKS.items()
         if "AP" in run.results.get(task, {})
     )
-
-
-def _ap_of_checkpoint(weights: str) -> str:
-    """The AP of the run that wrote a checkpoint, if it lies in a run folder."""
-    folder = Path(weights).parent
-    return _ap_text(load_run(folder)) if (folder / "config.yaml").is_file() else ""
 
 
 def _device(cfg: CfgNode) -> str:

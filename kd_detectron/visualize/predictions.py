@@ -6,8 +6,8 @@ panels differ only where the detections do. Drawn by Detectron2's ``Visualizer``
 """
 
 import colorsys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,32 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.visualize.figures import new_figure, save_figure
+from kd_detectron.visualize.figures import image_grid, save_figure
 from kd_detectron.visualize.models import LoadedModel, check_classes, read_rgb
 
-GROUND_TRUTH = "ground truth"
 # An untrained model gives as many as TEST.DETECTIONS_PER_IMAGE, which would hide the image.
 MOST_DETECTIONS = 30
-_PANEL_INCHES = 3.6
 _PANEL_PIXELS = 720
-# Seen both on light and on dark images, and apart from each other.
-_COLOURS = (
-    (1.00, 0.15, 0.15),
-    (0.10, 0.45, 1.00),
-    (0.10, 0.80, 0.20),
-    (1.00, 0.60, 0.00),
-    (0.75, 0.10, 0.90),
-    (0.00, 0.80, 0.85),
-    (1.00, 0.95, 0.10),
-    (1.00, 0.50, 0.75),
-    (0.60, 0.40, 0.15),
-    (0.55, 0.55, 1.00),
-    (0.65, 1.00, 0.45),
-    (0.00, 0.45, 0.35),
-)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Objects:
     """What one panel shows, G objects: boxes (G, 4) XYXY in pixels, classes, scores and masks.
 
@@ -66,15 +49,7 @@ def draw_predictions(
 ) -> Figure:
     """Draws the detections of every model on every record, beside the ground truth.
 
-    Args:
-        models: the columns, after the ground truth.
-        records: the rows; records without ``annotations`` show an empty ground truth.
-        class_names: names of the K classes.
-        path: an image file to write, if any.
-        score_threshold: detections below it are not drawn.
-
-    Returns:
-        The figure, one axes per panel, row by row.
+    Detections below the score threshold are not drawn.
 
     Raises:
         ConfigError: there is no image, or a model has another number of classes.
@@ -83,33 +58,21 @@ def draw_predictions(
         raise ConfigError("there is no image to draw: the dataset has no annotated image")
     for model in models:
         check_classes(model, class_names)
-    titles = [GROUND_TRUTH, *(f"{m.label}\n{m.ap}".strip() for m in models)]
-    rows = []
-    for record in records:
-        panels = [ground_truth(record)]
-        panels += [detections(model.detect(record), score_threshold) for model in models]
-        if all(objects.masks is None for objects in panels[1:]):
+    titles = ["ground truth", *(model.title for model in models)]
+    figure, axes = image_grid(records, titles)
+    used = set()
+    for row, record in zip(axes, records, strict=True):
+        truth = ground_truth(record)
+        found = [detections(model.detect(record), score_threshold) for model in models]
+        if all(objects.masks is None for objects in found):
             # Masks that no model could give would only hide the image.
-            panels[0] = replace(panels[0], masks=None)
-        rows.append((record, read_rgb(record), panels))
-
-    used = sorted({c for _, _, panels in rows for objects in panels for c in objects.classes})
-    colours = class_colours(used, len(class_names))
-    heights = [image.shape[0] / image.shape[1] for _, image, _ in rows]
-    figure = new_figure(_PANEL_INCHES * len(titles), _PANEL_INCHES * sum(heights) + 1.2)
-    grid = figure.add_gridspec(len(rows), len(titles), height_ratios=heights)
-    for row, (record, image, panels) in enumerate(rows):
-        for column, objects in enumerate(panels):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(draw_objects(image, objects, colours))
-            axes.set(xticks=[], yticks=[])
-            if row == 0:
-                axes.set_title(titles[column], fontsize=13)
-            if column == 0:
-                axes.set_ylabel(Path(record["file_name"]).name, fontsize=8)
+            truth.masks = None
+        for panel, objects in zip(row, [truth, *found], strict=True):
+            panel.imshow(draw_objects(read_rgb(record), objects))
+            used.update(objects.classes)
     figure.legend(
-        handles=[Patch(color=colours[c]) for c in used],
-        labels=[class_names[c] for c in used],
+        handles=[Patch(color=class_colour(c)) for c in sorted(used)],
+        labels=[class_names[c] for c in sorted(used)],
         loc="outside lower center",
         ncols=min(max(len(used), 1), 2 * len(titles)),
         title=f"Detections with a score of at least {score_threshold:.2f}, at most the best "
@@ -144,42 +107,19 @@ def detections(instances: Instances, score_threshold: float) -> Objects:
     )
 
 
-def draw_objects(image: np.ndarray, objects: Objects, colours: Mapping[int, tuple]) -> np.ndarray:
-    """Draws objects on an image.
-
-    Args:
-        image: (H, W, 3) uint8, RGB.
-        objects: what to draw.
-        colours: colour by class.
-
-    Returns:
-        The drawn image, RGB, enlarged or reduced to a width that suits a panel.
-    """
+def draw_objects(image: np.ndarray, objects: Objects) -> np.ndarray:
+    """Draws objects on an image (H, W, 3), uint8 RGB, and scales it to a panel's width."""
     visualizer = Visualizer(image, scale=_PANEL_PIXELS / image.shape[1], font_size_scale=2.5)
-    scores = objects.scores
     visualizer.overlay_instances(
         boxes=objects.boxes,
-        labels=None if scores is None else [f"{100 * score:.0f}" for score in scores],
+        labels=objects.scores and [f"{100 * score:.0f}" for score in objects.scores],
         masks=objects.masks,
-        assigned_colors=[colours[c] for c in objects.classes],
+        assigned_colors=[class_colour(c) for c in objects.classes],
         alpha=0.4,
     )
     return visualizer.get_output().get_image()
 
 
-def class_colours(used: Sequence[int], num_classes: int) -> dict[int, tuple]:
-    """Returns a colour for each class that a figure uses.
-
-    With few classes a class has the same colour in every figure; with many, the classes of one
-    figure differ in colour instead.
-    """
-    few = num_classes <= len(_COLOURS)
-    colours = {}
-    for rank, index in enumerate(used):
-        number = index if few else rank
-        if number < len(_COLOURS):
-            colours[index] = _COLOURS[number]
-        else:
-            # Steps of the golden ratio spread any number of hues evenly.
-            colours[index] = colorsys.hsv_to_rgb((number * 0.618034) % 1.0, 0.8, 1.0)
-    return colours
+def class_colour(index: int) -> tuple[float, float, float]:
+    """Returns a class's colour (RGB, 0 to 1): steps of the golden ratio around the hues."""
+    return colorsys.hsv_to_rgb((index * 0.618034) % 1.0, 0.85, 1.0)

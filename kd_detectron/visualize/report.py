@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kd_detectron.runs.run import Run
-from kd_detectron.runs.tables import build_table, load_teacher_result
+from kd_detectron.runs.tables import build_table, load_teacher
 from kd_detectron.visualize.ap import plot_ap
 from kd_detectron.visualize.curves import plot_curves
 
@@ -22,14 +22,14 @@ def write_table_and_curves(
         folder: where to write them.
         methods: the finished students' runs (seeds) by the name of their row.
         teacher: the run folder of the teacher.
-        published: published numbers to show beside, as in :func:`build_table`.
+        published: as in :func:`build_table`.
 
     Returns:
-        The table as text, to be printed.
+        The table as text.
     """
     runs = [run for seeds in methods.values() for run in seeds]
     names = {run.path: name for name, seeds in methods.items() for run in seeds}
-    teachers = [load_teacher_result(teacher)] if teacher else []
+    teachers = [load_teacher(teacher)] if teacher else []
     table = build_table(runs, teachers=teachers, published=published, names=names)
     (folder / "results.md").write_text(table.markdown() + "\n", encoding="utf-8")
     (folder / "results.csv").write_text(table.csv(), encoding="utf-8")

@@ -38,7 +38,7 @@ def test_result_is_read_as_written_and_nan_is_null(tmp_path):
     "content",
     [
         *("[1]", "{", {"results": [1]}, {"iterations": "many"}, {"seconds": "1h"}),
-        *({"seconds": float("nan")}, {"seed": "first"}, {"seed": [1]}),
+        *({"seed": "first"}, {"seed": [1]}),
     ],
 )
 def test_odd_result_is_one_sentence_with_the_fix(tmp_path, content):

@@ -94,7 +94,7 @@ def test_folder_that_is_no_run_gets_one_sentence(tmp_path):
 def test_damaged_result_file_gets_one_sentence(write_run):
     folder = write_run("x")
     (folder / "result.json").write_text('{"results": ')
-    with pytest.raises(ConfigError, match="not readable JSON"):
+    with pytest.raises(ConfigError, match="not what a training writes"):
         load_run(folder)
 
 

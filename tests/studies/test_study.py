@@ -123,7 +123,7 @@ RUN_B = "{name: b, config: demo/baseline.yaml}"
         ("runs: 3", ["runs is 3", "a list"]),
         ("runs: [teacher]", ["run 1 is 'teacher'"]),
         ("runs: [{name: a}]", ["run 'a'", "no config"]),
-        ("runs: [{config: demo/baseline.yaml}]", ["run '1'", "no name"]),
+        ("runs: [{config: demo/baseline.yaml}]", ["run 1", "no name"]),
         ("runs: [{name: a, config: demo/baseline.yaml, opts: [SEED]}]", ["pairs of KEY VALUE"]),
         ("runs: [{name: a, config: demo/baseline.yaml, seeds: 1}]", ["seeds is 1", "list"]),
         ("runs: [{name: a, config: demo/baseline.yaml, seeds: [1, 1]}]", ["different whole"]),

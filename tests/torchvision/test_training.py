@@ -10,7 +10,7 @@ from run_folders_torchvision import SMALL, options, tiny_data  # noqa: F401
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import load_run
-from kd_detectron.runs.tables import build_table, load_teacher_result
+from kd_detectron.runs.tables import build_table, load_teacher
 from kd_detectron.torchvision.data import BatchesByIteration, DetectionData, trainable
 from kd_detectron.torchvision.main import build_parser, main, read_options
 from kd_detectron.torchvision.models import build_detector, short_name
@@ -47,10 +47,10 @@ def test_run_folder_is_read_as_those_of_detectron2(runs):
     total = sum(value for name, value in losses.items() if name.startswith("loss_"))
     assert losses["total_loss"] == pytest.approx(total)
     table = build_table(
-        [load_run(runs / "baseline"), run], teachers=[load_teacher_result(runs / "teacher")]
+        [load_run(runs / "baseline"), run], teachers=[load_teacher(runs / "teacher")]
     )
     assert [row.method for row in table.rows] == ["teacher", "baseline", expected[0]]
-    assert "bbox" in table.rows[2].gain and not any("differ" in note for note in table.notes)
+    assert "box gain" in table.rows[2].values and not any("differ" in note for note in table.notes)
     assert plot_curves({"baseline": [load_run(runs / "baseline")], "distilled": [run]}).axes
     assert run.teacher_folder == runs / "teacher"
 

@@ -63,7 +63,7 @@ def test_students_of_different_backbones_are_rows_of_their_own(write_run):
 def test_one_seed_has_no_deviation_in_picture_and_legend(groups):
     groups["plain"] = groups["plain"][:1]
     figure = plot_ap(groups)
-    assert not figure.axes[0].patches
+    assert [band.get_width() for band in figure.axes[0].patches] == [0]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["one seed", "mean of the seeds", "baseline"]
 

@@ -36,10 +36,10 @@ def test_one_panel_per_quantity_and_one_colour_per_method(write_run, tmp_path, c
     figure = plot_curves(named_groups(runs), tmp_path / "curves.png", teacher_ap={"bbox": 42.0})
     assert titles(figure) == [
         "Box AP on the test data",
-        "Total loss",
-        "Box classification loss",
-        "Distillation loss CKD",
-        "Distillation loss ReviewKD",
+        "total_loss",
+        "loss_cls",
+        "loss_ckd",
+        "loss_reviewkd",
     ]
     (legend,) = figure.legends
     names = [text.get_text() for text in legend.get_texts()]

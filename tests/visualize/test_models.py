@@ -1,3 +1,4 @@
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,8 @@ from kd_detectron.visualize.models import (
     choose_records,
     dataset_records,
     find_records,
-    load_detector,
+    load_models,
     load_run_student,
-    load_run_teacher,
     match_test_size,
 )
 
@@ -37,14 +37,13 @@ def test_student_is_loaded_from_its_run_without_a_teacher(write_trained_run):
 def test_teacher_is_the_one_that_the_run_names(write_trained_run, teacher_opts):
     opts, config = teacher_opts
     folder = write_trained_run("run", distillers=["CKD"], teacher=config, opts=opts)
-    teacher = load_run_teacher(folder)
+    teacher = load_models([folder])[0]
     assert (teacher.label, teacher.ap) == ("teacher R101", "40.0 box AP")
     saved = torch.load(opts[1])["model"]
     assert torch.equal(
         teacher.model.state_dict()["backbone.fpn_lateral2.weight"],
         saved["backbone.fpn_lateral2.weight"],
     )
-    assert load_detector(config, opts[1]).label == "R101"
 
 
 def test_detections_are_in_pixels_of_the_image_file(write_trained_run):
@@ -82,8 +81,9 @@ def test_run_without_checkpoint_gets_one_sentence(write_run):
 def test_checkpoint_of_another_model_is_refused(write_trained_run):
     folder = write_trained_run("run")
     other = write_trained_run("other", depth=101)
+    shutil.copy(folder / "student_final.pth", other)
     with pytest.raises(ConfigError, match=r"does not fit the run's config\.yaml"):
-        load_run_student(other, weights=str(folder / "student_final.pth"))
+        load_run_student(other)
 
 
 def test_records_are_chosen_reproducibly_and_found_by_name(write_trained_run):
