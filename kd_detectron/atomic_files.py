@@ -33,6 +33,7 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(folder)
     except BaseException as error:
         with suppress(OSError):
             os.remove(temporary)
@@ -45,6 +46,16 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
                 " OUTPUT_DIR to another disk, then continue with --resume"
             ) from error
         raise
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename durable; file systems that cannot do this are left as they are."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_unfinished_files(folder: str) -> None:

@@ -14,12 +14,12 @@ Tests: ``tests/engine/test_weight_average.py``.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from detectron2.engine import HookBase
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kd_detectron.errors import ConfigError
 
@@ -42,56 +42,54 @@ class WeightAverage(HookBase):
             raise ConfigError(
                 f"SOLVER.EMA.DECAY is {decay}; it must lie between 0 and 1, such as 0.999"
             )
-        self._model = model
         self._decay = decay
-        self._steps = 0
-        self._average = self._copy()
+        self._student = without_distillers(model)
+        self._average = AveragedModel(self._student, multi_avg_fn=self._blend)
         self._trained: dict[str, torch.Tensor] | None = None
 
+    def _blend(self, averages: list, weights: list, _) -> None:
+        step = int(self._average.n_averaged)  # on the CPU, unlike the argument
+        get_ema_multi_avg_fn(decay_at(step, self._decay))(averages, weights, step)
+
     def after_step(self) -> None:
-        decay = decay_at(self._steps, self._decay) if self._steps else 0.0
-        tensors = self._tensors()
-        weights = [name for name, _ in self._model.named_parameters() if name in tensors]
-        averages = [self._average[name] for name in weights]
-        get_ema_multi_avg_fn(decay)(averages, [tensors[name] for name in weights], self._steps)
-        for name in tensors.keys() - weights:
-            self._average[name].copy_(tensors[name])
-        self._steps += 1
+        self._average.update_parameters(self._student)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model has the averaged weights; afterwards the trained ones, bit for bit."""
-        if self._steps == 0 or self._trained is not None:
+        if self._average.n_averaged == 0 or self._trained is not None:
             yield  # there is no average, or it is in the model already
             return
-        self._trained = self._copy()
-        self._write(self._average)
+        self._trained = {name: x.clone() for name, x in self._student.state_dict().items()}
+        self._student.load_state_dict(self._average.module.state_dict())
         try:
             yield
         finally:
-            self._write(self._trained)
+            self._student.load_state_dict(self._trained)
             self._trained = None
 
     def state_dict(self) -> dict:
         """What a checkpoint, written inside :meth:`applied`, needs beside its model."""
         if self._trained is None:
             return {}
-        return {"trained": self._trained, "n_averaged": self._steps}
+        return {"trained": self._trained, "n_averaged": int(self._average.n_averaged)}
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Continues from a checkpoint whose model, the average, is loaded already."""
-        self._steps = state_dict["n_averaged"]
-        self._average = self._copy()
-        self._write(state_dict["trained"])
+        self._average.module.load_state_dict(self._student.state_dict())
+        self._average.n_averaged.fill_(state_dict["n_averaged"])
+        self._student.load_state_dict(state_dict["trained"])
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """The student's weights and buffers themselves, by name."""
-        state = self._model.state_dict()
-        return {name: x for name, x in state.items() if not name.startswith("distillers.")}
 
-    def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: x.clone() for name, x in self._tensors().items()}
-
-    def _write(self, values: Mapping[str, torch.Tensor]) -> None:
-        for name, x in self._tensors().items():
-            x.copy_(values[name])
+def without_distillers(model: nn.Module) -> nn.Module:
+    """A module of the model's own layers, under their names, but for ``distillers``."""
+    student = nn.Module()
+    for name, child in model.named_children():
+        if name != "distillers":
+            student.add_module(name, child)
+    for name, parameter in model.named_parameters(recurse=False):
+        student.register_parameter(name, parameter)
+    for name, buffer in model.named_buffers(recurse=False):
+        # Copied like all buffers, so the model's own state_dict() is enough to keep it.
+        student.register_buffer(name, buffer, persistent=False)
+    return student
