@@ -27,6 +27,7 @@ from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.commands import parse_arguments
 from kd_detectron.config import add_kd_config, find_config, merge_opts
 from kd_detectron.data import build_lazy_train_loader
+from kd_detectron.distillers import option_defaults
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
@@ -174,6 +175,7 @@ def build(cfg: DictConfig) -> nn.Module:
         ) from error
     for name, distiller in getattr(model, "distillers", {}).items():
         check_fits(name, distiller.requires, model, model_spec(model), model.teacher)
+    check_layers(cfg.model, model)
     order = getattr(model, "input_format", None)
     for part in ("train", "test"):
         read = OmegaConf.select(cfg, f"dataloader.{part}.mapper.image_format")
@@ -183,6 +185,33 @@ def build(cfg: DictConfig) -> nn.Module:
                 f"{order}; set both to the order of model.pixel_mean"
             )
     return model
+
+
+def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
+    """Refuses distillers whose layers are of other sizes than student and teacher need.
+
+    A YAML config's distillers are sized by ``Distiller.from_specs``, a LazyConfig's by its author:
+    they are compared with those that ``from_specs`` makes.
+    """
+    distillers = getattr(model, "distillers", {})
+    entries = model_cfg.get("distillers", ())
+    entries = entries.values() if OmegaConf.is_dict(entries) else entries
+    for (name, distiller), entry in zip(distillers.items(), entries, strict=True):
+        options = {key: entry[key] for key in option_defaults(type(distiller)) if key in entry}
+        student, teacher = model_spec(model), model.teacher.spec
+        with torch.device("meta"):
+            needed = type(distiller).from_specs(student, teacher, **options).state_dict()
+        own = distiller.state_dict()
+        for key in sorted(own.keys() | needed.keys()):
+            shapes = [tuple(x[key].shape) if key in x else "absent" for x in (own, needed)]
+            if shapes[0] != shapes[1]:
+                raise ConfigError(
+                    f"model.distillers: '{key}' of {name} is {shapes[0]} where the models need "
+                    f"{shapes[1]}; the student's levels have {list(student.channels.values())} "
+                    f"channels and its box head {student.box_channels}, the teacher's "
+                    f"{list(teacher.channels.values())} and {teacher.box_channels}: set the "
+                    f"arguments of {name} to these"
+                )
 
 
 def as_yaml(cfg: DictConfig) -> CfgNode:
@@ -199,7 +228,7 @@ def as_yaml(cfg: DictConfig) -> CfgNode:
     yaml_view.MODEL.WEIGHTS = train.init_checkpoint
     yaml_view.SOLVER.MAX_ITER = train.max_iter
     yaml_view.SOLVER.CHECKPOINT_PERIOD = train.checkpointer.period
-    yaml_view.SOLVER.CHECKPOINT_MAX_TO_KEEP = train.checkpointer.max_to_keep
+    yaml_view.SOLVER.CHECKPOINT_MAX_TO_KEEP = train.checkpointer.get("max_to_keep") or 0
     yaml_view.SOLVER.AMP.ENABLED = train.amp.enabled
     yaml_view.SOLVER.EMA.ENABLED = "ema_decay" in train
     yaml_view.SOLVER.EMA.DECAY = train.get("ema_decay", yaml_view.SOLVER.EMA.DECAY)

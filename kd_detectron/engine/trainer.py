@@ -158,12 +158,18 @@ class DistillationTrainer(DefaultTrainer):
         stop = StopOnSignal(self.checkpointer)
         ret = super().build_hooks()
         keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+        if keep < 0:
+            raise ConfigError(
+                f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {keep}; give how many checkpoints to keep, or 0 "
+                "for all of them"
+            )
         for hook in ret:
-            if isinstance(hook, hooks.PeriodicCheckpointer) and keep > 0:
+            if isinstance(hook, hooks.PeriodicCheckpointer) and keep:
                 hook.max_to_keep = keep
                 # Those of the run that is resumed count as well; other files are not ours.
-                pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
-                hook.recent_checkpoints = sorted(glob.glob(pattern))
+                if self.checkpointer.has_checkpoint():
+                    pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
+                    hook.recent_checkpoints = sorted(glob.glob(pattern))
         # Detectron2 ends its list with the evaluation and, on the main process, the writer:
         # whatever is put into the storage must come before that.
         writer = []

@@ -83,6 +83,9 @@ model.teacher.opts = ["MODEL.ROI_HEADS.NUM_CLASSES", {classes}]
 """
 
 
+ANCHORS = ["MODEL.ANCHOR_GENERATOR.SIZES", "[[32],[64],[128],[256],[512]]"]
+
+
 @pytest.fixture
 def config(tmp_path):
     """Writes the tiny LazyConfig; returns its path and the output folder."""
@@ -160,8 +163,11 @@ def test_distillers_of_other_outputs_train_or_are_refused(config, capsys):
     first = metrics(output)[0]
     assert all(first[f"loss_{name}"] > 0 for name in ("pkd", "rpnkd", "boxkd"))
     assert json.loads((output / "result.json").read_text())["distillation_weights"]["PKD"] == 0.5
-    opts = ["model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]", f"train.output_dir={output}2"]
-    refused(capsys, path, opts, ["'RPNKD'", "set of anchors of p2"])
+    for words, opt in (
+        (["'RPNKD'", "set of anchors of p2"], "model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]"),
+        (["PKD", "compares channel with channel"], f"model.teacher.opts={[*ANCHORS]}"),
+    ):
+        refused(capsys, path, [opt, f"train.output_dir={output}2"], words)
 
 
 def test_weights_can_be_averaged(config):
@@ -240,6 +246,10 @@ def refused(capsys, path, opts, words):
         (["train"], ["'train'", "key=value"]),
         (["optimzer.lr=0.1"], ["optimzer.lr", "did you mean optimizer"]),
         (["modl=1"], ["modl", "did you mean model"]),
+        (
+            ["model.distillers.1.out_channels=[40,40,40,40,32]"],
+            ["of ReviewKD is (", "teacher's [40, 40, 40, 40, 40]", "set the arguments"],
+        ),
         (["model.distillers.1.in_channels=[24,24,24,24]"], ["cannot be built (ValueError: "]),
         (["model.distillation_weights.ckd=0.1"], ["names 'ckd'", "did you mean CKD"]),
         (
