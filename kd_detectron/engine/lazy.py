@@ -81,6 +81,11 @@ class LazyTrainer(DistillationTrainer):
     def test(self, cfg: CfgNode, model: nn.Module) -> dict:
         return evaluate(self._lazy_cfg, model)
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        if "_trainer" not in state_dict:  # of version 0.1.0, whose train loop was the whole trainer
+            state_dict = {**state_dict, "_trainer": state_dict | {"hooks": {}}}
+        super().load_state_dict(state_dict)
+
     def export(self) -> None:
         path = os.path.join(self.cfg.OUTPUT_DIR, "student_final.pth")
         state = torch.load(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"))["model"]

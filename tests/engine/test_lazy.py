@@ -182,10 +182,15 @@ def test_weights_can_be_averaged(config):
     )
 
 
-def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config, capsys):
+@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "an earlier one"])
+def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config, capsys, earlier):
     path, output = config
     assert main(["--config-file", path]) == 0
-    seed = torch.load(output / "model_final.pth")["trainer"]["seed"]
+    final = torch.load(output / "model_final.pth")
+    seed = final["trainer"]["seed"]
+    if earlier:
+        final["trainer"] |= final["trainer"].pop("_trainer")
+        torch.save(final, output / "model_final.pth")
     assert main(["--config-file", path, "--resume", "train.max_iter=3"]) == 0
     assert [record["iteration"] for record in metrics(output) if "loss_ckd" in record] == [0, 1, 2]
     assert json.loads((output / "result.json").read_text())["seed"] == seed
