@@ -4,10 +4,7 @@ A checkpoint is written to ``.<name>.<process id>.partial`` in the folder it bel
 the disk, and renamed to its name. A failed write (disk full, quota, a signal) removes the temporary
 file and leaves whatever stood under that name before; a killed process leaves its temporary file
 behind, which :func:`remove_unfinished_files` removes when the training goes on.
-
-:class:`AtomicPathManager` puts this under fvcore's ``Checkpointer``, which opens both its
-checkpoints and its ``last_checkpoint`` tag through ``self.path_manager``, so that nothing of
-Detectron2's saving has to be rewritten. Tests: ``tests/checkpoint/test_checkpointer.py``.
+Tests: ``tests/checkpoint/test_checkpointer.py``.
 """
 
 import glob
@@ -23,11 +20,7 @@ class CheckpointWriteError(OSError):
 
 @contextmanager
 def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
-    """Opens ``path`` for writing so that it appears complete or not at all.
-
-    Args:
-        path: the file to write; its folder must exist.
-        mode: "wb" or "w".
+    """Opens ``path`` for writing ("wb" or "w") so that it appears complete or not at all.
 
     Raises:
         CheckpointWriteError: it could not be written; the temporary file is gone.
@@ -75,7 +68,7 @@ def remove_unfinished_files(folder: str) -> None:
 
 
 class AtomicPathManager:
-    """Detectron2's PathManager with one difference: files opened for writing are atomic."""
+    """Detectron2's PathManager, through which fvcore opens checkpoints, with atomic writing."""
 
     def __init__(self, path_manager):
         self._path_manager = path_manager
@@ -84,7 +77,6 @@ class AtomicPathManager:
         return getattr(self._path_manager, name)
 
     def open(self, path: str, mode: str = "r", **kwargs):
-        """Opens a file as PathManager does; see :func:`atomic_open` for the writing modes."""
         if mode in ("w", "wb"):
             return atomic_open(path, mode)
         return self._path_manager.open(path, mode, **kwargs)

@@ -23,6 +23,7 @@ from detectron2.config import CfgNode, get_cfg
 from kd_detectron.backbones.config import add_backbone_config
 from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller, option_defaults
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.runs.files import flatten
 
 CN = CfgNode
 
@@ -231,8 +232,6 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         ConfigError: the file or a ``_BASE_`` of it is missing or unreadable, has an unknown key, a
             value of the wrong type, or a tag that can run code.
     """
-    # Folders of runs of 0.1.0 have this node, empty.
-    cfg.KD.OPTIONS = CN(new_allowed=True)
     try:
         _WithoutPythonTags.load_yaml_with_base(path)
         cfg.merge_from_file(path)
@@ -244,16 +243,11 @@ def merge_file(cfg: CfgNode, path: str) -> None:
             + (f": write '{known}'" if known.is_file() else "")
         ) from error
     except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        what = getattr(error, "problem", None) or str(error).partition("\n")[0]
-        line = f" (line {where.line + 1}: {what})" if where else f" ({what})"
-        if _PYTHON_TAG in what:
-            tag = what.partition(_PYTHON_TAG)[2].rstrip("'")
-            raise ConfigError(
-                f"{where.name} has the tag !!python/{tag} in line {where.line + 1}, which can run "
-                "code when the file is read; write plain YAML values"
-            ) from error
-        raise ConfigError(f"{path} is not readable YAML{line}; correct the file") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} is not readable YAML ({reason}); write plain YAML values, without tags that "
+            "can run code"
+        ) from error
     except (AttributeError, TypeError) as error:
         raise ConfigError(
             f"{path} is no Detectron2 config ({error}); it should hold KEY: VALUE, such as "
@@ -261,13 +255,6 @@ def merge_file(cfg: CfgNode, path: str) -> None:
         ) from error
     except (KeyError, ValueError, AssertionError) as error:
         raise _readable(cfg, error, path) from error
-    finally:
-        options = cfg.KD.pop("OPTIONS")
-    for name in options:
-        raise ConfigError(_options_replaced(path, f"KD.OPTIONS.{name}"))
-
-
-_PYTHON_TAG = "tag:yaml.org,2002:python/"
 
 
 class _WithoutPythonTags(CfgNode):
@@ -298,8 +285,6 @@ def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:
     text = str(error.args[0]) if error.args else str(error)
     if "Non-existent" in text:
         key = text.rsplit(":", 1)[-1].strip()
-        if key.startswith("KD.OPTIONS"):
-            return ConfigError(_options_replaced(source, key))
         if key.startswith("KD.") and key.split(".")[1] not in cfg.KD:
             return ConfigError(
                 f"{source} sets {key}, but there is no node KD.{key.split('.')[1]}"
@@ -310,28 +295,10 @@ def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:
     return ConfigError(f"{source}: {text}")
 
 
-def _options_replaced(source: str, key: str) -> str:
-    *_, name, option = [*key.split("."), "..."] if key.count(".") == 2 else key.split(".")
-    name = "<NAME>" if name in ("KD", "OPTIONS") else name.upper()
-    return (
-        f"{source} sets {key}; a distiller of your own has a node like the built-in ones, in place "
-        f"of KD.OPTIONS: set KD.{name}.{option}"
-    )
-
-
 def _near_keys(cfg: CfgNode, key: str) -> str:
-    keys = list(_all_keys(cfg))
+    keys = list(flatten(cfg))
     # yacs names the full key, or only its last part when the fault lies in an override.
-    same_leaf = [known for known in keys if known.split(".")[-1] == key.split(".")[-1]]
-    if same_leaf:
-        return did_you_mean(key, same_leaf)
-    node = key.rsplit(".", 1)[0]
-    siblings = [known for known in keys if known.rsplit(".", 1)[0] == node]
-    return did_you_mean(key, siblings or keys)
-
-
-def _all_keys(node: CfgNode, prefix: str = ""):
-    for key, value in node.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _all_keys(value, f"{prefix}{key}.")
+    node, _, leaf = key.rpartition(".")
+    same_leaf = [known for known in keys if known.rpartition(".")[2] == leaf]
+    siblings = [known for known in keys if known.rpartition(".")[0] == node]
+    return did_you_mean(key, same_leaf or siblings or keys)

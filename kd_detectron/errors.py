@@ -25,9 +25,11 @@ class CorruptImageError(RuntimeError):
 def did_you_mean(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     """Returns ``"; did you mean A or B?"`` with the known names nearest to ``name``.
 
-    Where none is near, those that there are, up to a dozen.
+    Where none is near, those that there are, up to a dozen; "" where there are none.
     """
     known = sorted(known)
+    if not known:
+        return ""
     lowered = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), lowered, n=limit, cutoff=0.6)
     if near:

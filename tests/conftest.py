@@ -28,7 +28,7 @@ def no_handlers_left_behind():
     module = sys.modules.get("detectron2.utils.logger")
     if module is None:
         return
-    for name in ("detectron2", "fvcore", "kd_detectron", "kd_detectron.modeling.inherit"):
+    for name in ("detectron2", "fvcore", "kd_detectron", "kd_detectron.inherit"):
         logger = logging.getLogger(name)
         for handler in logger.handlers[:]:
             logger.removeHandler(handler)

@@ -168,7 +168,6 @@ def test_a_distiller_registered_after_the_config_was_made_has_its_defaults(regis
         # Positional: sized by the two models.
         ("KD.SCALED.CHANNELS", ", which is no config key"),
         ("KD.SCALD.FACTOR", "no node KD.SCALD; did you mean KD.SCALED.FACTOR.* --import FILE.py"),
-        ("KD.OPTIONS.Scaled.WEIGHT", "place of KD.OPTIONS: set KD.SCALED.WEIGHT"),
     ],
 )
 def test_wrong_options_of_a_distiller_from_elsewhere_are_refused(register, tmp_path, key, said):
@@ -189,7 +188,6 @@ def test_config_of_a_run_is_read_without_the_file_of_its_distiller(register, tmp
     cfg.KD.OPTIONS = CfgNode()
     (tmp_path / "config.yaml").write_text(cfg.dump())
     assert load_run_config(tmp_path).KD.SCALED.FACTOR == 1.0
-    assert "OPTIONS" not in load_run_config(tmp_path).KD
     # Such a run can teach as well.
     teacher = ["KD.TEACHER.CONFIG_FILE", str(tmp_path / "config.yaml")]
     cfg = get_config("ckd_rcnn_r101_r18.yaml", [*teacher, "KD.TEACHER.WEIGHTS", "none"])
@@ -277,8 +275,8 @@ def test_error_with_no_near_name_does_not_list_hundreds():
     [
         ('_BASE_: "ckd_rcnn_r101_r18.yaml"', ["_BASE_", "is a path", "write '", "_r101_r18.yaml"]),
         ('_BASE_: "gone.yaml"', ["gone.yaml", "does not exist", "is a path"]),
-        ("MODEL: {META: [}", ["own.yaml is not readable YAML (line 1", "correct the file"]),
-        ("MODEL: 1\n MASK_ON: True", ["own.yaml is not readable YAML (line 2"]),
+        ("MODEL: {META: [}", ["own.yaml is not readable YAML (", "line 1", "plain YAML"]),
+        ("MODEL: 1\n MASK_ON: True", ["own.yaml is not readable YAML (", "line 2"]),
         ("just text", ["own.yaml", "KEY: VALUE"]),
         ("- MODEL", ["own.yaml", "KEY: VALUE"]),
         ("MODEL: 3", ["own.yaml", "KEY: VALUE"]),
@@ -314,7 +312,7 @@ def test_yaml_files_run_no_code(tmp_path, tag):
         lambda: teacher_config(get_config("ckd_rcnn_r101_r18.yaml", teacher)),
         lambda: load_run_config(tmp_path / "run"),
     ):
-        with pytest.raises(ConfigError, match=rf"yaml has the tag !!python/{tag} in line 2, .*"):
+        with pytest.raises(ConfigError, match=rf"python/{tag}' in .*line 2, .* can run code"):
             read()
 
 

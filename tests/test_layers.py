@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 LAYERS = (
     ("errors", "atomic_files"),
     ("learning_rate",),
-    ("commands", "context", "losses", "data", "backbones"),
+    ("commands", "context", "inherit", "taps", "losses", "data", "backbones"),
     ("distillers", "runs"),
     ("config",),
     ("checkpoint",),
@@ -30,6 +30,8 @@ WITHOUT_DETECTRON2 = (
     "learning_rate",
     "commands",
     "context",
+    "inherit",
+    "taps",
     "losses",
     "distillers",
     "runs",

@@ -65,35 +65,27 @@ class DistillationCheckpointer(DetectionCheckpointer):
         save_dir: str = "",
         *,
         weights_key: str = "MODEL.WEIGHTS",
-        save_to_disk: bool | None = None,
-        **checkpointables: Any,
+        **options: Any,
     ):
         """
         Args:
             model: the model, or its DistributedDataParallel wrapper.
             save_dir: where checkpoints are written and looked for.
             weights_key: the config key that names the file, for error messages.
-            save_to_disk: by default, whether this is the main process.
-            checkpointables: objects with ``state_dict`` and ``load_state_dict``, saved along.
+            options: as for Detectron2's: ``save_to_disk``, and objects that are saved along.
         """
-        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        super().__init__(model, save_dir, **options)
         self.path_manager = AtomicPathManager(self.path_manager)
         self.weights_key = weights_key
         self.incompatible: _IncompatibleKeys | None = None
         self.saved_weights: Callable[[], AbstractContextManager] = nullcontext
-        self._tag_last = True
         self._source = weights_key
         # One process writes a run's folder, so unfinished files are those of a killed one.
-        if save_dir and self.save_to_disk and checkpointables:
+        if save_dir and self.save_to_disk and self.checkpointables:
             remove_unfinished_files(save_dir)
 
-    def save(self, name: str, *, tag_last: bool = True, **kwargs: Any) -> None:
+    def save(self, name: str, **kwargs: Any) -> None:
         """Writes a checkpoint, as Detectron2's does.
-
-        Args:
-            name: of the file, without ``.pth``.
-            tag_last: whether a resume goes on from this one.
-            kwargs: what else to write into it.
 
         Raises:
             NonFiniteLossError: a weight or buffer is NaN or infinite; nothing is written.
@@ -107,24 +99,16 @@ class DistillationCheckpointer(DetectionCheckpointer):
                     f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
                     "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
                 )
-        self._tag_last = tag_last
         with self.saved_weights():
             super().save(name, **kwargs)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Makes a file the one to resume from, unless :meth:`save` was told otherwise."""
-        if self._tag_last:
+        """Makes a file the one to resume from; the best checkpoint never is."""
+        if last_filename_basename != "model_best.pth":
             super().tag_last_checkpoint(last_filename_basename)
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Loads a checkpoint; an empty path loads nothing.
-
-        Args:
-            path: a file, a URL, or a name such as ``torchvision://resnet18``.
-            checkpointables: which of the objects given to ``__init__`` to load; None: all.
-
-        Returns:
-            what else the file holds, such as the iteration.
+        """Loads a file, a URL, or a name such as ``torchvision://resnet18``, as Detectron2's does.
 
         Raises:
             ConfigError: the file cannot be downloaded or read, or nothing in it fits the model.
@@ -192,7 +176,6 @@ class DistillationCheckpointer(DetectionCheckpointer):
     def _check_available(self, path: str) -> None:
         """Finds or downloads the file, so that its absence is one clear sentence."""
         path = urlparse(path)._replace(query="").geturl()
-        is_url = "://" in path
         try:
             local = self.path_manager.get_local_path(path)
         except ConfigError as error:
@@ -203,20 +186,16 @@ class DistillationCheckpointer(DetectionCheckpointer):
                 url = torchvision_url(path[len(TorchvisionHandler.PREFIX) :])
             raise UnreadableCheckpointError(
                 f"{self._source} could not be downloaded from {url} ({error}): download it by hand"
-                f" and set {self.weights_key} to the file's path"
-                + ("" if "TEACHER" in self.weights_key else ", or to '' to train from scratch")
+                f" and set {self.weights_key} to the file's path, or a student's to '' to train"
+                " from scratch"
             ) from error
-        if os.path.isdir(local):
-            raise UnreadableCheckpointError(
-                f"{self._source} is a folder: set {self.weights_key} to a checkpoint file in it"
-            )
         if not os.path.isfile(local):
             folder, name = os.path.split(local)
             files = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
             files = [file for file in files if file.endswith((".pth", ".pkl", ".pyth"))]
             raise UnreadableCheckpointError(
-                f"{self._source} does not exist: set {self.weights_key} to a checkpoint file"
-                + ("" if is_url or not files else did_you_mean(name, files))
+                f"{self._source} does not exist or is a folder: set {self.weights_key} to a"
+                f" checkpoint{did_you_mean(name, files)}"
             )
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -235,7 +214,8 @@ class DistillationCheckpointer(DetectionCheckpointer):
                 " state dict with torch.save"
             ) from error
         state = loaded["model"]
-        if not isinstance(state, Mapping) or not state or not all(map(_is_array, state.values())):
+        named = isinstance(state, Mapping) and len(state) > 0
+        if not named or not all(isinstance(x, torch.Tensor | np.ndarray) for x in state.values()):
             keys = ", ".join(list(map(str, loaded))[:5])
             raise UnreadableCheckpointError(
                 f"{self._source} is no checkpoint: {filename} should hold a dictionary of named"
@@ -261,6 +241,15 @@ class DistillationCheckpointer(DetectionCheckpointer):
                 del state[name]  # in place: the dictionary carries the layers' version numbers
         incompatible = super()._load_model(checkpoint)
         missing = set(_filter_reused_missing_keys(self.model, incompatible.missing_keys))
+        unmatched = {name for name, _, _ in incompatible.incorrect_shapes}
+        loaded = set(own_names) - unmatched - set(incompatible.missing_keys)
+        if all(name.endswith(_FILLED_IN) for name in loaded):
+            raise ConfigError(
+                f"{self._source} has nothing in common with the model: none of the model's"
+                f" {len(own_names)} tensors (such as '{own_names[0]}') is in the file; set"
+                f" {self.weights_key} to a checkpoint of this model or of its backbone"
+            )
+        _logger.info("loaded %d of %d tensors from %s", len(loaded), len(own_names), self._source)
         self.incompatible = incompatible._replace(
             missing_keys=[
                 name
@@ -274,21 +263,7 @@ class DistillationCheckpointer(DetectionCheckpointer):
                 if name not in ("pixel_mean", "pixel_std")
             ],
         )
-        self._report(own_names, incompatible)
         return self.incompatible
-
-    def _report(self, own_names: list[str], incompatible: _IncompatibleKeys) -> None:
-        """Logs how much was loaded, and refuses a file of which nothing was."""
-        unmatched = {*incompatible.missing_keys}
-        unmatched |= {name for name, _, _ in incompatible.incorrect_shapes}
-        loaded = [name for name in own_names if name not in unmatched]
-        if not any(not name.endswith(_FILLED_IN) for name in loaded):
-            raise ConfigError(
-                f"{self._source} has nothing in common with the model: none of the model's"
-                f" {len(own_names)} tensors (such as '{own_names[0]}') is in the file; set"
-                f" {self.weights_key} to a checkpoint of this model or of its backbone"
-            )
-        _logger.info("loaded %d of %d tensors from %s", len(loaded), len(own_names), self._source)
 
 
 def refuse_misfit(incompatible: _IncompatibleKeys, problem: str, fix: str) -> None:
@@ -311,7 +286,3 @@ def refuse_misfit(incompatible: _IncompatibleKeys, problem: str, fix: str) -> No
             differences.append(f"{len(names)} keys {what} ({shown})")
     if differences:
         raise ConfigError(f"{problem}: {'; '.join(differences)}; {fix}")
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, (torch.Tensor, np.ndarray))

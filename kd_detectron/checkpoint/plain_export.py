@@ -3,12 +3,8 @@
 A distilled run's checkpoint holds the trainer's state and the distillers' parameters, and its
 config holds keys that Detectron2 does not know. :func:`export_student` writes both without these,
 after it has built the plain model from the plain config and loaded it without a missing or
-unexpected key. ``tests/checkpoint/test_plain_export.py`` does
-so in a process that never imports this project.
-
-Of a run the final checkpoint is exported, ``model_final.pth``, by the training itself as by the
-command; ``best`` asks for ``model_best.pth``. With averaged weights (``SOLVER.EMA``) both hold the
-average.
+unexpected key (``tests/checkpoint/test_plain_export.py``, in a process without this project). With
+averaged weights (``SOLVER.EMA``) a checkpoint's model is the average.
 
 Students whose backbone comes from :mod:`kd_detectron.backbones` are not in stock Detectron2; their
 config keeps that backbone's own node, and whoever loads it imports that module and calls its
@@ -80,17 +76,10 @@ def export_student(
 def load_plain_student(
     checkpoint: str, cfg: CfgNode | str | None = None
 ) -> tuple[CfgNode, torch.nn.Module]:
-    """Builds a run's student as a plain Detectron2 model on the CPU and loads all of it.
-
-    Args:
-        checkpoint: a checkpoint file of the run.
-        cfg: as for :func:`export_student`.
+    """Builds a run's student on the CPU and loads all of it, as :func:`export_student`.
 
     Returns:
-        the plain config, and the model in eval mode.
-
-    Raises:
-        ConfigError: a file is missing or unreadable, or the checkpoint does not fit the config.
+        the plain config, and the plain Detectron2 model in eval mode.
     """
     if cfg is None:
         cfg = config_beside(checkpoint)
@@ -121,11 +110,7 @@ def load_plain_student(
 
 
 def student_config(cfg: CfgNode | str) -> CfgNode:
-    """Returns a run's config without the keys that stock Detectron2 does not know.
-
-    Args:
-        cfg: the run's config, its path or its bare name.
-    """
+    """Returns a run's config (or that of this name) without keys unknown to stock Detectron2."""
     if isinstance(cfg, str):
         cfg = load_run_config(find_config(cfg))
     plain = get_cfg()
@@ -178,28 +163,20 @@ def find_checkpoint(src: str, which: str = "final") -> str:
     Raises:
         ConfigError: there is no such file; those that there are, are named.
     """
-    if not os.path.isdir(src):
-        if not os.path.isfile(src):
-            folder, name = os.path.split(os.path.normpath(src))
-            there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-            raise ConfigError(
-                f"'{src}' does not exist; give a run's output folder or a checkpoint file"
-                + (did_you_mean(name, there) if there else "")
-            )
-        return src
-    names = {"final": "model_final.pth", "best": "model_best.pth"}
-    path = os.path.join(src, names.get(which, which))
-    if not os.path.isfile(path):
-        there = sorted(name for name in os.listdir(src) if name.endswith(".pth"))
-        raise ConfigError(
-            f"'{src}' has no '{os.path.basename(path)}'"
-            + (
-                f", but {', '.join(there)}; name one of them with --checkpoint"
-                if there
-                else ": it is no output folder of a run with a checkpoint"
-            )
-        )
-    return path
+    path = src
+    if os.path.isdir(src):
+        names = {"final": "model_final.pth", "best": "model_best.pth"}
+        path = os.path.join(src, names.get(which, which))
+    if os.path.isfile(path):
+        return path
+    folder, name = os.path.split(os.path.normpath(path))
+    there = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    if path != src:
+        there = [file for file in there if file.endswith(".pth")]
+    raise ConfigError(
+        f"'{path}' does not exist; give a run's output folder or a checkpoint file, or name one of "
+        f"the folder's with --checkpoint{did_you_mean(name, there)}"
+    )
 
 
 def config_beside(checkpoint: str) -> str:

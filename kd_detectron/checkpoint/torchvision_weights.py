@@ -3,10 +3,9 @@
 ``torchvision://resnet18`` (or ``torchvision://resnet50/IMAGENET1K_V2``) is resolved to the URL
 that torchvision gives, and downloaded and cached by Detectron2's PathManager. A state dict in
 torchvision's layout, from there or from a local file, is renamed when it is loaded: ResNets to
-Detectron2's ``ResNet``, MobileNetV2 to :class:`kd_detectron.backbones.MobileNetV2`, under the
-prefix that the model has; any network to :class:`kd_detectron.backbones.TorchvisionBackbone`,
-which keeps torchvision's names. The classifier is dropped. The default version is IMAGENET1K_V1,
-which the papers start from.
+Detectron2's ``ResNet``, MobileNetV2 to :class:`kd_detectron.backbones.MobileNetV2`, any network to
+:class:`kd_detectron.backbones.TorchvisionBackbone`. The classifier is dropped. The default version
+is IMAGENET1K_V1, which the papers start from.
 
 Two mistakes that load without error are refused: a file of a deeper ResNet, and Detectron2's
 default of the stride in the 1x1 convolution (torchvision has it in the 3x3; ``STRIDE_IN_1X1`` must
@@ -14,7 +13,7 @@ be False). Tests: ``tests/checkpoint/test_torchvision_weights.py``.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torchvision
@@ -28,21 +27,8 @@ from kd_detectron.backbones.pixel_statistics import (
 )
 from kd_detectron.errors import ConfigError, did_you_mean
 
-# Those that Detectron2's ResNet and this project's MobileNetV2 are.
-TORCHVISION_NETWORKS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "mobilenet_v2",
-)
-_DEPTH_OF_BLOCKS = {
-    (2, 2, 2, 2): (18, 18),
-    (3, 4, 6, 3): (34, 50),
-    (3, 4, 23, 3): (101, 101),
-    (3, 8, 36, 3): (152, 152),
-}
+# What Detectron2's ResNet and this project's MobileNetV2 call their first tensor.
+_FIRST_TENSORS = {"resnet": "stem.conv1.weight", "mobilenet_v2": "features.0.0.weight"}
 
 
 def torchvision_url(name: str) -> str:
@@ -103,38 +89,6 @@ def is_torchvision_state(state: Mapping[str, object], model: nn.Module) -> bool:
     return torchvision_layout(state) is not None
 
 
-def _torchvision_backbone(model: nn.Module) -> tuple[str, nn.Module | None]:
-    """The model's TorchvisionBackbone, if it has one, and the prefix of its network's tensors."""
-    for path, module in model.named_modules():
-        if hasattr(module, "torchvision_name"):
-            return f"{path}.net." if path else "net.", module
-    return "", None
-
-
-def _convert_by_own_names(
-    state: Mapping[str, torch.Tensor], model: nn.Module, *, source: str
-) -> dict[str, torch.Tensor]:
-    """As :func:`convert_torchvision_state`, for a backbone that keeps torchvision's names."""
-    prefix, backbone = _torchvision_backbone(model)
-    # torchvision's files of DenseNets have the names of its first version.
-    old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d\.)")
-    state = {old.sub(r"\1", name): tensor for name, tensor in state.items()}
-    own = {name: tensor.shape for name, tensor in backbone.net.state_dict().items()}
-    optional = "num_batches_tracked"  # FrozenBN has none, and old files have none
-    unfit = [name for name in own.keys() - state.keys() if not name.endswith(optional)]
-    unfit += [name for name in own.keys() & state.keys() if state[name].shape != own[name]]
-    # Blocks of a larger network of the same family.
-    unfit += state.keys() - backbone.tensor_names
-    if unfit:
-        raise ConfigError(
-            f"{source} does not fit MODEL.TORCHVISION.NAME '{backbone.torchvision_name}':"
-            f" {len(unfit)} tensors differ in presence or shape, the first '{sorted(unfit)[0]}';"
-            f" set MODEL.WEIGHTS to torchvision://{backbone.torchvision_name}, or the name to that"
-            " of the network in the file"
-        )
-    return {prefix + name: tensor for name, tensor in state.items() if name in own}
-
-
 def convert_torchvision_state(
     state: Mapping[str, torch.Tensor], model: nn.Module, *, source: str
 ) -> dict[str, torch.Tensor]:
@@ -151,111 +105,80 @@ def convert_torchvision_state(
     Raises:
         ConfigError: the model's backbone is another network than the one in the file.
     """
-    _, backbone = _torchvision_backbone(model)
-    if backbone is not None and backbone.tensor_names & state.keys():
-        _warn_of_other_normalisation(model, source)
-        return _convert_by_own_names(state, model, source=source)
-    layout = torchvision_layout(state)
     model_state = model.state_dict()
-    anchor = "stem.conv1.weight" if layout == "resnet" else "features.0.0.weight"
-    prefix = next((key.removesuffix(anchor) for key in model_state if key.endswith(anchor)), None)
-    if prefix is None:
-        network = "ResNet" if layout == "resnet" else "MobileNetV2"
-        raise ConfigError(
-            f"{source} holds a torchvision {network}, but the model's backbone is none: set"
-            " MODEL.BACKBONE.NAME to "
-            + ("a ResNet" if layout == "resnet" else "'build_mobilenetv2_fpn_backbone'")
-            + " or MODEL.WEIGHTS to weights of its own backbone"
-        )
-    rename = _resnet_name if layout == "resnet" else _mobilenet_name
-    named = {rename(name): tensor for name, tensor in state.items() if rename(name) is not None}
-    own_names = {key.removeprefix(prefix) for key in model_state if key.startswith(prefix)}
-    # A detector may use only the network's first stages (OUT_FEATURES); their extra ones go.
-    stages = {_stage(name) for name in own_names}
-    optional = "num_batches_tracked"  # FrozenBN has none, and old files have none
-    named = {
-        name: tensor
-        for name, tensor in named.items()
-        if _stage(name) in stages and (name in own_names or not name.endswith(optional))
+    prefix, backbone = _torchvision_backbone(model)
+    if backbone is not None:
+        named = {_torchvision_name(name): tensor for name, tensor in state.items()}
+        classifier = backbone.tensor_names - backbone.net.state_dict().keys()
+    else:
+        layout = torchvision_layout(state)
+        rename = _resnet_name if layout == "resnet" else str
+        named = {rename(name): tensor for name, tensor in state.items()}
+        classifier = {name for name in named if name.startswith(("stem.fc.", "classifier."))}
+        first = _FIRST_TENSORS[layout]
+        prefix = next((key.removesuffix(first) for key in model_state if key.endswith(first)), "?")
+    named = {name: tensor for name, tensor in named.items() if name not in classifier}
+    own = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in model_state.items()
+        if key.startswith(prefix)
     }
-    unfit = [name for name in named if name not in own_names]
-    unfit += [
+    if backbone is None and own:
+        # A detector may use only the network's first stages (OUT_FEATURES).
+        stages = {_stage(name) for name in own}
+        named = {name: tensor for name, tensor in named.items() if _stage(name) in stages}
+    unfit = [
         name
-        for name in named
-        if name in own_names and named[name].shape != model_state[prefix + name].shape
+        for name in sorted(own.keys() | named.keys())
+        # FrozenBN has none, and old files have none.
+        if not name.endswith("num_batches_tracked")
+        and (name not in own or name not in named or own[name].shape != named[name].shape)
     ]
-    unfit += [name for name in own_names - named.keys() if not name.endswith(optional)]
     if unfit:
         raise ConfigError(
             f"{source} does not fit the model's backbone: {len(unfit)} tensors differ in presence"
-            f" or shape, the first '{prefix}{sorted(unfit)[0]}'; "
-            + _fix(layout, named.keys(), own_names)
+            f" or shape, the first '{unfit[0]}'; set MODEL.BACKBONE.NAME, MODEL.RESNETS (DEPTH;"
+            " RES2_OUT_CHANNELS 64 for ResNet-18 and 34, else 256; STEM_OUT_CHANNELS 64; NORM"
+            " 'FrozenBN', 'BN' or 'SyncBN'), MODEL.MOBILENETV2.WIDTH_MULT 1.0 or"
+            " MODEL.TORCHVISION.NAME as the network in the file has them, or MODEL.WEIGHTS to"
+            " weights of this backbone"
         )
-    if layout == "resnet":
-        _check_stride(model.get_submodule(prefix.rstrip(".")) if prefix else model, source)
+    if "res3.0.conv3.weight" in own:
+        block = model.get_submodule(f"{prefix}res3.0")
+        if tuple(block.conv1.stride) != (1, 1):  # the same shapes, other activations
+            raise ConfigError(
+                f"{source} holds a torchvision ResNet, whose bottlenecks have their stride in the"
+                " 3x3 convolution, but MODEL.RESNETS.STRIDE_IN_1X1 is True: set it to False"
+            )
     _warn_of_other_normalisation(model, source)
-    return {prefix + name: tensor for name, tensor in named.items()}
+    return {prefix + name: tensor for name, tensor in named.items() if name in own}
 
 
-def _resnet_name(name: str) -> str | None:
-    """torchvision's name of a ResNet tensor to Detectron2's; None for the classifier."""
-    stem = {"conv1": "stem.conv1", "bn1": "stem.conv1.norm"}
-    first, _, rest = name.partition(".")
-    if first in stem:
-        return f"{stem[first]}.{rest}"
-    match = re.fullmatch(r"layer(\d)\.(\d+)\.(?:(conv|bn)(\d)|downsample\.([01]))\.(\w+)", name)
-    if match is None:
-        return None
-    layer, block, kind, number, shortcut, tensor = match.groups()
-    module = "shortcut" if shortcut else f"conv{number}"
-    norm = ".norm" if kind == "bn" or shortcut == "1" else ""
-    return f"res{int(layer) + 1}.{block}.{module}{norm}.{tensor}"
+def _torchvision_backbone(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """The model's TorchvisionBackbone, if it has one, and the prefix of its network's tensors."""
+    for path, module in model.named_modules():
+        if hasattr(module, "torchvision_name"):
+            return f"{path}.net." if path else "net.", module
+    return "", None
 
 
-def _mobilenet_name(name: str) -> str | None:
-    """The name of a MobileNetV2 tensor, unchanged; None for the classifier."""
-    return name if name.startswith("features.") else None
+def _torchvision_name(name: str) -> str:
+    """torchvision's name; its files of DenseNets have the names of an earlier version."""
+    return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(?=\d\.)", r"\1", name)
+
+
+def _resnet_name(name: str) -> str:
+    """torchvision's name of a ResNet tensor to Detectron2's."""
+    name = name if name.startswith("layer") else f"stem.{name}"
+    name = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
+    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
 def _stage(name: str) -> str:
     """The part of the network that a tensor belongs to: "stem", "res2"..., "features.3"."""
     parts = name.split(".")
     return ".".join(parts[:2]) if parts[0] == "features" else parts[0]
-
-
-def _resnet_depth(names: Iterable[str]) -> int | None:
-    """The depth of the ResNet that has these Detectron2 names; None if it has not four stages."""
-    names = list(names)
-    blocks = {match[1] for match in map(re.compile(r"(res\d\.\d+)\.").match, names) if match}
-    counts = tuple(sum(block.startswith(f"res{i}.") for block in blocks) for i in range(2, 6))
-    basic, bottleneck = _DEPTH_OF_BLOCKS.get(counts, (None, None))
-    return bottleneck if "res2.0.conv3.weight" in names else basic
-
-
-def _fix(layout: str, file_names: Iterable[str], own_names: Iterable[str]) -> str:
-    if layout == "mobilenet_v2":
-        return (
-            "set MODEL.MOBILENETV2.WIDTH_MULT to 1.0, the only width that torchvision has weights"
-            " for, or MODEL.WEIGHTS to '' to train from scratch"
-        )
-    in_file, in_model = _resnet_depth(file_names), _resnet_depth(own_names)
-    if in_file != in_model:
-        return f"the file holds a ResNet-{in_file} and MODEL.RESNETS.DEPTH is {in_model}"
-    return (
-        "set MODEL.RESNETS.RES2_OUT_CHANNELS (64 for ResNet-18 and 34, else 256), NORM"
-        " ('FrozenBN', 'BN' or 'SyncBN') and the group and stem widths as torchvision's ResNet has"
-        " them"
-    )
-
-
-def _check_stride(resnet: nn.Module, source: str) -> None:
-    """Refuses the stride in a bottleneck's 1x1 convolution: same shapes, other activations."""
-    block = resnet.get_submodule("res3.0") if hasattr(resnet, "res3") else None
-    if hasattr(block, "conv3") and tuple(block.conv1.stride) != (1, 1):
-        raise ConfigError(
-            f"{source} holds a torchvision ResNet, whose bottlenecks have their stride in the 3x3"
-            " convolution, but MODEL.RESNETS.STRIDE_IN_1X1 is True: set it to False"
-        )
 
 
 def _warn_of_other_normalisation(model: nn.Module, source: str) -> None:

@@ -1,20 +1,15 @@
 """The student as a TorchScript or ONNX file.
 
 It is traced with Detectron2's own ``TracingAdapter`` on an image that the user gives, for any image
-size; what the file returns is compared with what the model returns on that image. All students of
-this project trace: Faster, Mask and RetinaNet, also on the added backbones
-(``tests/checkpoint/test_traced_export.py``).
-
-Test-time augmentation cannot be exported: ``GeneralizedRCNNWithTTA`` traces without an error, but
-the result detects other objects than the model, since images are resized in numpy, which the tracer
-does not see.
+size; what the file returns is compared with what the model returns on that image. Faster, Mask
+R-CNN and RetinaNet trace, also on the added backbones. Test-time augmentation does not: it resizes
+images in numpy, which the tracer does not see.
 
 Both files take one image, (3, H, W) float, 0 to 255, resized, in ``INPUT.FORMAT``'s channel order,
 and return the fields of Detectron2's ``Instances`` in alphabetical order, then the image size (H,
 W): ``pred_boxes`` (D, 4) in pixels of the given image, ``pred_classes`` (D,), ``pred_masks`` (D, 1,
-28, 28) as probabilities inside the box where there is a mask head, and ``scores`` (D,). The files
-say so themselves: ONNX in its metadata, TorchScript in the extra file ``metadata.json``
-(:func:`interface`).
+28, 28) as probabilities inside the box where there is a mask head, and ``scores`` (D,). ONNX's
+metadata, and TorchScript's extra file ``metadata.json``, say how a file is fed (:func:`interface`).
 """
 
 import io
@@ -62,18 +57,15 @@ def export_torchscript(
         ConfigError: the student cannot be loaded or traced, detects nothing on the image, or the
             traced one detects something else.
     """
-    dst = _file(dst, ".ts")
-    adapter, pixels, expected, facts = _trace_ready(find_checkpoint(src, checkpoint), image, cfg)
-    with warnings.catch_warnings():
+    adapter, pixels, expected, facts = _ready_to_trace(find_checkpoint(src, checkpoint), image, cfg)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the tracer's remarks on Detectron2's code
         traced = torch.jit.trace(adapter, (pixels,), check_trace=False)
-        buffer = io.BytesIO()
         torch.jit.save(traced, buffer, _extra_files={"metadata.json": json.dumps(facts)})
         buffer.seek(0)
-        with torch.no_grad():
-            found = adapter.outputs_schema(torch.jit.load(buffer)(pixels))
-    _check_same(found[0]["instances"], expected, dst)
-    return _write(buffer, dst)
+        found = torch.jit.load(buffer)(pixels)
+    return _check_and_write(adapter, found, expected, buffer, dst, ".ts")
 
 
 def export_onnx(
@@ -91,8 +83,7 @@ def export_onnx(
             f"--format onnx needs a package that is not installed ({error.name}): pip install"
             " kd_detectron[onnx]"
         ) from error
-    dst = _file(dst, ".onnx")
-    adapter, pixels, expected, facts = _trace_ready(find_checkpoint(src, checkpoint), image, cfg)
+    adapter, pixels, expected, facts = _ready_to_trace(find_checkpoint(src, checkpoint), image, cfg)
     names = [*sorted(expected.get_fields()), "image_size"]
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -113,47 +104,33 @@ def export_onnx(
     buffer = io.BytesIO(exported.SerializeToString())
     session = onnxruntime.InferenceSession(buffer.getvalue(), providers=["CPUExecutionProvider"])
     found = session.run(names, {"image": pixels.numpy()})
-    found = adapter.outputs_schema(tuple(map(torch.from_numpy, found)))
-    _check_same(found[0]["instances"], expected, dst)
-    return _write(buffer, dst)
-
-
-def _file(dst: str, suffix: str) -> str:
-    return dst if dst.endswith(suffix) else os.path.join(dst, f"student_final{suffix}")
-
-
-def _write(buffer: io.BytesIO, dst: str) -> str:
-    os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
-    with atomic_open(dst, "wb") as file:
-        file.write(buffer.getvalue())
-    logger.info("wrote %s, which detects on the given image what the model does", dst)
-    return dst
+    found = tuple(map(torch.from_numpy, found))
+    return _check_and_write(adapter, found, expected, buffer, dst, ".onnx")
 
 
 def interface(cfg: CfgNode) -> dict[str, str]:
     """How an exported file is fed and what it returns, as text by key, for the file's metadata."""
-    shortest, longest = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
     return {
         "input_format": cfg.INPUT.FORMAT,
-        "input": f"one image, (3, H, W) float32, values 0 to 255, channels {cfg.INPUT.FORMAT}; mean"
-        " and standard deviation are applied inside",
-        "min_size_test": str(shortest),
-        "max_size_test": str(longest),
-        "resize": f"before: the shorter side to {shortest} pixels, unless the longer one would then"
-        f" exceed {longest}: the longer one to {longest}",
-        "pred_boxes": "x0, y0, x1, y1 in pixels of the given (resized) image; divide by the factor"
-        " of the resizing for the original one",
-        "pred_classes": "from 0, in the order of the training data's categories",
+        "min_size_test": str(cfg.INPUT.MIN_SIZE_TEST),
+        "max_size_test": str(cfg.INPUT.MAX_SIZE_TEST),
+        "pred_boxes": "x0, y0, x1, y1 in pixels of the given (resized) image",
     }
 
 
-def _trace_ready(
+def _ready_to_trace(
     checkpoint: str, image: str, cfg: CfgNode | str | None
 ) -> tuple[TracingAdapter, torch.Tensor, Instances, dict[str, str]]:
     """Returns the student ready to trace, the image (3, H, W), the model's detections on it, and
     what :func:`interface` says."""
     cfg, model = load_plain_student(checkpoint, cfg)
-    pixels = _read_pixels(image, cfg)
+    try:
+        pixels = read_image(image, format=cfg.INPUT.FORMAT)
+    except OSError as error:
+        raise ConfigError(f"--image '{image}' is no image that can be read ({error})") from error
+    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    pixels = resize.get_transform(pixels).apply_image(pixels)
+    pixels = torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
     # torch.onnx.export sets back the mode it finds, so that the adapter must be in eval mode too.
     adapter = TracingAdapter(model, [{"image": pixels}], _detect).eval()
     with torch.no_grad():
@@ -175,25 +152,21 @@ def _detect(model: nn.Module, inputs: list[dict]) -> list[dict]:
     return [{"instances": instances}]
 
 
-def _read_pixels(image: str, cfg: CfgNode) -> torch.Tensor:
-    """Reads and resizes an image as Detectron2 does for a test: (3, H, W) float."""
-    if not os.path.isfile(image):
-        raise ConfigError(f"--image '{image}' does not exist: give an image file to trace on")
-    try:
-        pixels = read_image(image, format=cfg.INPUT.FORMAT)
-    except OSError as error:
-        raise ConfigError(f"--image '{image}' is no image that can be read ({error})") from error
-    resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    pixels = resize.get_transform(pixels).apply_image(pixels)
-    return torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
-
-
-def _check_same(found: Instances, expected: Instances, dst: str) -> None:
-    """Refuses an export that detects something else than the model.
+def _check_and_write(
+    adapter: TracingAdapter,
+    found: tuple[torch.Tensor, ...],
+    expected: Instances,
+    buffer: io.BytesIO,
+    dst: str,
+    suffix: str,
+) -> str:
+    """Writes an export, unless it detects something else than the model; returns the file.
 
     Detections may be ordered otherwise where scores are equal, and those at the end of the list may
     be others for the same reason.
     """
+    dst = dst if dst.endswith(suffix) else os.path.join(dst, f"student_final{suffix}")
+    found = adapter.outputs_schema(found)[0]["instances"]
     boxes, scores, classes = found.pred_boxes.tensor, found.scores, found.pred_classes
     lowest = float(expected.scores.min())
     for box, score, label in zip(
@@ -206,3 +179,8 @@ def _check_same(found: Instances, expected: Instances, dst: str) -> None:
                 f"the export to '{dst}' was not written: it misses the model's detection of class"
                 f" {int(label)} with score {float(score):.4f} at {box.tolist()} on the given image"
             )
+    os.makedirs(os.path.dirname(os.path.abspath(dst)), exist_ok=True)
+    with atomic_open(dst, "wb") as file:
+        file.write(buffer.getvalue())
+    logger.info("wrote %s, which detects on the given image what the model does", dst)
+    return dst

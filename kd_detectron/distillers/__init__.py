@@ -5,6 +5,8 @@ from .base import (
     Distiller,
     ModelSpec,
     build_distiller,
+    check_classes,
+    check_weight,
     find_distiller,
     option_defaults,
 )
@@ -43,6 +45,8 @@ __all__ = [
     "ReviewKD",
     "SupCon",
     "build_distiller",
+    "check_classes",
+    "check_weight",
     "distillation_losses",
     "find_distiller",
     "option_defaults",

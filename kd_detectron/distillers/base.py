@@ -12,7 +12,8 @@ This file, like every distiller and loss, is plain PyTorch: it runs without Dete
 """
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -94,6 +95,26 @@ def find_distiller(name: str) -> type[Distiller]:
             " (import your own file first: tools/train_net.py --import FILE.py)"
         )
     return DISTILLER_REGISTRY.get(name)
+
+
+def check_classes(
+    name: str, requires: Collection[str], student: ModelSpec, teacher: ModelSpec, *, key: str
+) -> None:
+    """Refuses a distiller that compares outputs of each class, where the class counts differ."""
+    by_class = {"logits", "box_deltas", "mask_logits"}.intersection(requires)
+    if by_class and student.num_classes != teacher.num_classes:
+        raise ConfigError(
+            f"{key} is {student.num_classes} for the student and {teacher.num_classes} for the "
+            f"teacher, but '{name}' compares their outputs class by class; train the teacher on "
+            "the student's classes, or use feature distillers alone"
+        )
+
+
+def check_weight(key: str, weight: float) -> float:
+    """Returns a distiller's weight if it can be used; else a ConfigError that names ``key``."""
+    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+        raise ConfigError(f"{key} is {weight}; it must be a finite number, not negative")
+    return float(weight)
 
 
 def option_defaults(cls: type[Distiller]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from detectron2.utils.logger import setup_logger
 from kd_detectron.preflight.data import check_data
 from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
 
-from .trainer import DistillationTrainer, student_parameters, unwrap
+from .trainer import DistillationTrainer, describe, unwrap
 
 
 def check(cfg: CfgNode) -> None:
@@ -20,18 +20,12 @@ def check(cfg: CfgNode) -> None:
         print(f"data     {summary}")
     if cfg.KD.ENABLED and cfg.KD.TEACHER.INHERIT:
         # Which parts fit is known and logged where they are copied.
-        setup_logger(name="kd_detectron.modeling.inherit")
+        setup_logger(name="kd_detectron.inherit")
     trainer = DistillationTrainer(cfg)
     trainer.resume_or_load(resume=False)
     model = unwrap(trainer.model)
     warn_of_pixel_statistics(model)
-    if getattr(model, "teacher", None) is not None:
-        print(
-            f"teacher  {model.teacher.name}: {model.teacher.num_parameters / 1e6:.1f} M parameters"
-        )
-        for name, weight in model.distillation_weights.items():
-            print(f"distil   {name}, weight {weight:g}")
-    print(f"student  {student_parameters(model) / 1e6:.1f} M parameters")
+    print(describe(model))
     with EventStorage(0) as trainer._trainer.storage:
         start = time.perf_counter()
         trainer._trainer.iter = 0
@@ -43,12 +37,8 @@ def check(cfg: CfgNode) -> None:
             if "loss" in name
         }
     print("losses   " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
-    print(f"step     {seconds:.2f} s for {cfg.SOLVER.IMS_PER_BATCH} images, {peak_memory(cfg)}")
-    print("ok       this config is ready to train")
-
-
-def peak_memory(cfg: CfgNode) -> str:
-    """Peak memory so far, as text: of the GPU, or of this process on the CPU."""
+    memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
     if cfg.MODEL.DEVICE.startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
+        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+    print(f"step     {seconds:.2f} s for {cfg.SOLVER.IMS_PER_BATCH} images, {memory}")
+    print("ok       this config is ready to train")

@@ -1,15 +1,4 @@
-"""Trainer hooks: what distillation adds around Detectron2's own.
-
-- :class:`StepSeed`: the random state of an iteration depends on (seed, process, iteration) alone,
-  so that a resumed run follows the uninterrupted one with nothing to store.
-- :class:`LossHistory`: the running medians of the losses go on over a resume.
-- :class:`DistillationSchedule`: warm-up, decay and stop of all distillation weights.
-- :class:`TeacherGuard`: checks that training did not change the teacher.
-- :class:`KeepBest`: ``model_best.pth``.
-- :class:`ExportStudent`: ``student_final.pth`` for plain Detectron2.
-- :class:`WriteResult`: ``result.json``, what result tables read.
-- :class:`StopOnSignal`: SIGTERM and SIGINT finish the iteration, write a checkpoint, and stop.
-"""
+"""Trainer hooks: what distillation adds around Detectron2's own."""
 
 import contextlib
 import logging
@@ -18,14 +7,16 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from kd_detectron.checkpoint import atomic_open, export_student
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import INTERRUPTED_EXIT_CODE
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import FINAL_CHECKPOINTS, LAST_CHECKPOINT, RESULT, write_result
@@ -36,7 +27,10 @@ DECAYS = ("none", "linear", "cosine")
 
 
 class StepSeed(HookBase):
-    """Seeds python, numpy and torch before each step from the run's seed, process and iteration."""
+    """Seeds python, numpy and torch before each step from the run's seed, process and iteration.
+
+    So a resumed run follows the uninterrupted one with nothing to store.
+    """
 
     def __init__(self, seed: int):
         self.seed = seed
@@ -95,45 +89,13 @@ class DistillationSchedule(HookBase):
             "stop_iter": schedule.STOP_ITER,
             "max_iter": max_iter,
         }
-        self._constant = schedule.DECAY == "none" and not (
-            schedule.WARMUP_ITERS or schedule.STOP_ITER
-        )
+        self._constant = schedule == CfgNode({"WARMUP_ITERS": 0, "DECAY": "none", "STOP_ITER": 0})
 
     def before_step(self) -> None:
         factor = schedule_factor(self.trainer.iter, **self._options)
         self._model.distillation_factor = factor
         if not self._constant:
             self.trainer.storage.put_scalar("distillation_factor", factor, smoothing_hint=False)
-
-
-class LossHistory(HookBase):
-    """Keeps the last losses over a resume, since logs and metrics show their running median.
-
-    Without it a resumed run's curve would differ from the uninterrupted one for a while although
-    every step is the same.
-    """
-
-    WINDOW = 20
-
-    def __init__(self):
-        self._restored: dict[str, list] = {}
-
-    def before_train(self) -> None:
-        for name, values in self._restored.items():
-            for value, iteration in values:
-                self.trainer.storage.put_scalar(name, value, cur_iter=iteration)
-
-    def state_dict(self) -> dict:
-        return {
-            name: [[float(value), int(iteration)] for value, iteration in buffer.values()][
-                -self.WINDOW :
-            ]
-            for name, buffer in self.trainer.storage.histories().items()
-            if "loss" in name
-        }
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        self._restored = state_dict
 
 
 class TeacherGuard(HookBase):
@@ -196,25 +158,21 @@ class KeepBest(HookBase):
         elif value > self._best:
             self._best = value
             best = {self._metric: value}
-            self._checkpointer.save("model_best", tag_last=False, iteration=iteration, best=best)
+            self._checkpointer.save("model_best", iteration=iteration, best=best)
 
 
 class ExportStudent(HookBase):
-    """Writes ``student_final.pth``, which plain Detectron2 loads, when training is complete.
+    """Has the trainer write ``student_final.pth`` when training is complete.
 
     For a student that plain Detectron2 cannot build, such as a user's own class with additional
     layers, an error is logged instead.
     """
 
-    def __init__(self, cfg):
-        self._cfg = cfg
-
     def after_train(self) -> None:
         if self.trainer.iter < self.trainer.max_iter or not comm.is_main_process():
             return
-        folder = self._cfg.OUTPUT_DIR
         try:
-            export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self._cfg)
+            self.trainer.export()
         except ConfigError as error:
             logger.error("student_final.pth was not written: %s", error)
 
@@ -262,11 +220,7 @@ class WriteResult(HookBase):
 
 
 def reopen_run(folder: str, iteration: int) -> None:
-    """Removes what marks a run as finished, when it is trained further.
-
-    ``model_final.pth`` becomes the checkpoint of its iteration; ``result.json`` and the exported
-    student, which the new end writes again, are removed.
-    """
+    """Removes what marks a run as finished; its last checkpoint becomes that of its iteration."""
     final, kept = (os.path.join(folder, f"model_{x}.pth") for x in ("final", f"{iteration:07d}"))
     if os.path.isfile(final) and not os.path.isfile(kept):
         os.replace(final, kept)
@@ -314,7 +268,7 @@ class StopOnSignal(HookBase):
             "leaving the evaluation" if self._evaluating else "finishing this iteration",
         )
         if self._evaluating:
-            raise Interrupted(number, self._last_iteration())
+            self._interrupt()
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -328,7 +282,7 @@ class StopOnSignal(HookBase):
         try:
             self._evaluating = True
             if self._received:
-                raise Interrupted(self._received, self._last_iteration())
+                self._interrupt()
             yield
         except Interrupted:
             self._evaluating = False
@@ -353,8 +307,8 @@ class StopOnSignal(HookBase):
     def _save(self) -> None:
         self._checkpointer.save(f"model_{self.trainer.iter:07d}", iteration=self.trainer.iter)
 
-    def _last_iteration(self) -> int:
-        return min(self.trainer.iter, self.trainer.max_iter - 1)
+    def _interrupt(self) -> NoReturn:
+        raise Interrupted(self._received, min(self.trainer.iter, self.trainer.max_iter - 1))
 
     def after_train(self) -> None:
         for number, handler in self._previous.items():

@@ -53,22 +53,17 @@ def run_process(args, run: Callable) -> None:
     """``run(args)``, whose foreseen ends are one sentence and an exit code."""
     try:
         run(args)
-    except ConfigError as error:
-        _leave(args, error, USER_ERROR_EXIT_CODE, everywhere=False)
-    except (NonFiniteLossError, CorruptImageError, CheckpointWriteError) as error:
-        _leave(args, error, FAILED_EXIT_CODE, everywhere=True)
+    except (ConfigError, NonFiniteLossError, CorruptImageError, CheckpointWriteError) as error:
+        if args.debug:
+            raise
+        by_user = isinstance(error, ConfigError)
+        if comm.is_main_process() or not by_user:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(USER_ERROR_EXIT_CODE if by_user else FAILED_EXIT_CODE) from None
     except Interrupted as stop:
         if comm.is_main_process():
             print(stop.message, file=sys.stderr)
         raise
-
-
-def _leave(args, error: Exception, code: int, *, everywhere: bool) -> None:
-    if args.debug:
-        raise error
-    if everywhere or comm.is_main_process():
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(code) from None
 
 
 def join_torchrun() -> None:

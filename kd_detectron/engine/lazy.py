@@ -7,105 +7,91 @@ detector trains as well. Optional are ``distillation_schedule``, with the keys o
 ``train.seed``, ``train.max_corrupt_images`` and ``train.ema_decay`` (``SEED``,
 ``DATALOADER.MAX_CORRUPT_IMAGES``, ``SOLVER.EMA.DECAY``).
 
-Checks, train loop, hooks and loader are those of ``tools/train_net.py``. The checks are written
-for YAML configs, so a LazyConfig is shown to them as one (:func:`as_yaml`), and the LazyConfig's
-names of the keys are added to what they say (:func:`to_lazy_keys`). A ``dataloader.train`` that
-is no call of Detectron2's ``build_detection_train_loader`` is used as it is; its batches are drawn
-anew over a resume. Test: ``tests/engine/test_lazy.py``.
+Checks and trainer are those of ``tools/train_net.py``. They are written for YAML configs, so a
+LazyConfig is shown to them as one (:func:`as_yaml`), and errors name YAML's keys. A
+``dataloader.train`` that is no call of Detectron2's ``build_detection_train_loader`` is used as it
+is; its batches are drawn anew over a resume. Test: ``tests/engine/test_lazy.py``.
 """
 
-import contextlib
 import logging
 import os
-from collections.abc import Iterator
 
 import torch
 from detectron2.config import CfgNode, LazyConfig, get_cfg, instantiate
-from detectron2.engine import create_ddp_model, default_argument_parser, default_setup, hooks
-from detectron2.engine.defaults import default_writers
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import inference_on_dataset, print_csv_format
-from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from kd_detectron.checkpoint import DistillationCheckpointer, atomic_open
 from kd_detectron.commands import parse_arguments
-from kd_detectron.config import add_kd_config, find_config
-from kd_detectron.data import ResumableLoader, build_lazy_train_loader
+from kd_detectron.config import add_kd_config, find_config, merge_opts
+from kd_detectron.data import build_lazy_train_loader
 from kd_detectron.distillers import option_defaults
-from kd_detectron.errors import ConfigError, CorruptImageError, NonFiniteLossError, did_you_mean
+from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.compatibility import check_fits
 from kd_detectron.modeling.frozen_teacher import model_spec
-from kd_detectron.modeling.teacher_loading import plain_list, run_lazy_file
+from kd_detectron.modeling.teacher_loading import check_lazy_key, plain_list, run_lazy_file
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 from kd_detectron.preflight.data import check_data
-from kd_detectron.preflight.pixel_statistics import warn_of_pixel_statistics
-from kd_detectron.preflight.resume import check_output_dir, check_same_lazy_run
-from kd_detectron.runs.files import forget_metrics_from
+from kd_detectron.preflight.resume import check_same_lazy_run
 
-from .hooks import (
-    DistillationSchedule,
-    LossHistory,
-    StepSeed,
-    StopOnSignal,
-    TeacherGuard,
-    WriteResult,
-)
 from .launch import start
-from .main import keep_run_config
-from .train_loop import DistillationTrainLoop
-from .trainer import run_facts, unwrap
-from .weight_average import WeightAverage
+from .main import prepare_folder, run_trainer
+from .trainer import DistillationTrainer
 
 logger = logging.getLogger("kd_detectron")
 
-# Where the file has no ``train.ddp``.
-DDP_OPTIONS = {"broadcast_buffers": False}
 PARTS = ("model", "dataloader", "optimizer", "lr_multiplier", "train")
 
-# YAML keys that checks name, and where a LazyConfig has the same.
-LAZY_KEYS = {
-    "DATALOADER.ASPECT_RATIO_GROUPING": "dataloader.train.aspect_ratio_grouping",
-    "DATALOADER.MAX_CORRUPT_IMAGES": "train.max_corrupt_images",
-    "DATASETS.TEST": "dataloader.test.dataset.names",
-    "DATASETS.TRAIN": "dataloader.train.dataset.names",
-    "INPUT.FORMAT": "model.input_format",
-    "INPUT.MASK_FORMAT": "dataloader.train.mapper.instance_mask_format",
-    "KD.DISTILLERS": "model.distillers",
-    "KD.SCHEDULE": "distillation_schedule",
-    "KD.TEACHER.CONFIG_FILE": "model.teacher.config_file",
-    "KD.TEACHER.OPTS": "model.teacher.opts",
-    "KD.TEACHER.WEIGHTS": "model.teacher.weights",
-    "MODEL.KEYPOINT_ON": "model.roi_heads.keypoint_head",
-    "MODEL.MASK_ON": "model.roi_heads.mask_head",
-    "MODEL.PIXEL_MEAN": "model.pixel_mean",
-    "MODEL.PIXEL_STD": "model.pixel_std",
-    "MODEL.RETINANET.NUM_CLASSES": "model.num_classes",
-    "MODEL.ROI_HEADS.NUM_CLASSES": "model.roi_heads.num_classes",
-    "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": "model.roi_heads.keypoint_head.num_keypoints",
-    "MODEL.WEIGHTS": "train.init_checkpoint",
-    "OUTPUT_DIR": "train.output_dir",
-    "SOLVER.BASE_LR": "optimizer.lr",
-    "SOLVER.EMA.DECAY": "train.ema_decay",
-    "SOLVER.IMS_PER_BATCH": "dataloader.train.total_batch_size",
-    "TEST.KEYPOINT_OKS_SIGMAS": "dataloader.evaluator.kpt_oks_sigmas",
-}
 
+class LazyTrainer(DistillationTrainer):
+    """Trains a LazyConfig's model with the file's optimizer, data and evaluation.
 
-class LazyTrainLoop(DistillationTrainLoop):
-    """The train loop with the run's seed, which checkpoints keep."""
+    Args:
+        lazy_cfg: the LazyConfig.
+        cfg: the same as a YAML config.
+        model: built from it.
+    """
 
-    def __init__(self, *args, seed: int, **options):
-        super().__init__(*args, **options)
-        self.seed = seed
+    def __init__(self, lazy_cfg: DictConfig, cfg: CfgNode, model: nn.Module):
+        self._lazy_cfg = lazy_cfg
+        self._lazy_model = model
+        self.ddp_options = lazy_cfg.train.get("ddp", self.ddp_options)
+        self.log_period = lazy_cfg.train.log_period
+        super().__init__(cfg)
+        self.checkpointer.weights_key = "train.init_checkpoint"
 
-    def state_dict(self) -> dict:
-        return super().state_dict() | {"seed": self.seed}
+    def build_model(self, cfg: CfgNode) -> nn.Module:
+        return self._lazy_model
+
+    def build_optimizer(self, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        self._lazy_cfg.optimizer.params.model = model
+        return instantiate(self._lazy_cfg.optimizer)
+
+    def build_lr_scheduler(self, cfg: CfgNode, optimizer: torch.optim.Optimizer):
+        return instantiate(self._lazy_cfg.lr_multiplier)
+
+    def build_train_loader(self, cfg: CfgNode):
+        data = self._lazy_cfg.dataloader.train
+        limit = cfg.DATALOADER.MAX_CORRUPT_IMAGES
+        loader = build_lazy_train_loader(data, seed=self.seed, max_corrupt_images=limit)
+        return instantiate(data) if loader is None else loader
+
+    def test(self, cfg: CfgNode, model: nn.Module) -> dict:
+        return evaluate(self._lazy_cfg, model)
 
     def load_state_dict(self, state_dict: dict) -> None:
+        if "_trainer" not in state_dict:  # of version 0.1.0, whose train loop was the whole trainer
+            state_dict = {**state_dict, "_trainer": state_dict | {"hooks": {}}}
         super().load_state_dict(state_dict)
-        self.seed = state_dict.get("seed", self.seed)
+
+    def export(self) -> None:
+        path = os.path.join(self.cfg.OUTPUT_DIR, "student_final.pth")
+        state = torch.load(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"))["model"]
+        student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
+        with atomic_open(path) as file:
+            torch.save({"model": student}, file)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,29 +107,24 @@ def run(args) -> None:
     if not torch.cuda.is_available() and cfg.train.device == "cuda":
         cfg.train.device = "cpu"
         print("train.device is 'cuda' but there is no CUDA GPU: running on the CPU", flush=True)
-    if args.eval_only:
+    training = not args.eval_only
+    if not training:
         plain(cfg.model)
-    with errors_with_lazy_keys():
-        yaml_view = as_yaml(cfg)
-        check_output_dir(yaml_view, resume=args.resume, training=not args.eval_only)
-        setup_logger(cfg.train.output_dir, distributed_rank=comm.get_rank(), name="kd_detectron")
-        if args.resume and not args.eval_only and comm.is_main_process():
-            check_same_lazy_run(cfg)
-        with keep_run_config(yaml_view) if args.eval_only else contextlib.nullcontext():
-            default_setup(cfg, args)
-        model = build(cfg)
-        describe_model(yaml_view, model)
-        if yaml_view.DATASETS.TEST if args.eval_only else yaml_view.DATASETS.TRAIN:
-            check_data(yaml_view, train=not args.eval_only)
-        else:
-            logger.warning("no dataset is named in dataloader: its files are not checked")
-        if args.eval_only:
-            DistillationCheckpointer(
-                model, cfg.train.output_dir, weights_key="train.init_checkpoint"
-            ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
-            evaluate(cfg, model)
-        else:
-            train(cfg, model, resume=args.resume)
+    yaml_view = as_yaml(cfg)
+    prepare_folder(args, cfg, yaml_view, training=training, check_same=check_same_lazy_run)
+    model = build(cfg)
+    describe_model(yaml_view, model)
+    if yaml_view.DATASETS.TRAIN if training else yaml_view.DATASETS.TEST:
+        check_data(yaml_view, train=training)
+    else:
+        logger.warning("no dataset is named in dataloader: its files are not checked")
+    if training:
+        run_trainer(LazyTrainer(cfg, yaml_view, model), resume=args.resume)
+    else:
+        DistillationCheckpointer(
+            model, cfg.train.output_dir, weights_key="train.init_checkpoint"
+        ).resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
+        evaluate(cfg, model)
 
 
 def read_config(name: str, opts: list[str]) -> DictConfig:
@@ -171,11 +152,7 @@ def read_config(name: str, opts: list[str]) -> DictConfig:
         key, equals, _ = opt.lstrip("+").partition("=")  # hydra's sign of a new key
         if not equals:
             raise ConfigError(f"the command line gives '{opt}'; overrides are written key=value")
-        # A new leaf is an argument that the file leaves at its default; a new node is a typo.
-        node = key.rpartition(".")[0]
-        if (key not in cfg) if not node else (OmegaConf.select(cfg, node) is None):
-            near = did_you_mean(key.partition(".")[0], cfg)
-            raise ConfigError(f"the command line sets {key}, but there is no '{node or key}'{near}")
+        check_lazy_key(cfg, key, source="the command line")
     return LazyConfig.apply_overrides(cfg, opts)
 
 
@@ -242,31 +219,28 @@ def check_layers(model_cfg: DictConfig, model: nn.Module) -> None:
                 )
 
 
-def schedule_of(cfg: DictConfig) -> CfgNode:
-    """``distillation_schedule`` of a LazyConfig, with the defaults of ``KD.SCHEDULE``."""
-    yaml_cfg = get_cfg()
-    add_kd_config(yaml_cfg)
-    schedule = yaml_cfg.KD.SCHEDULE
-    for key, value in cfg.get("distillation_schedule", {}).items():
-        if key not in schedule:
-            raise ConfigError(
-                f"distillation_schedule has the key {key}{did_you_mean(key, schedule)}"
-            )
-        schedule[key] = value
-    return schedule
-
-
 def as_yaml(cfg: DictConfig) -> CfgNode:
-    """A YAML config that says of folder, data, keypoints and teacher what a LazyConfig says.
+    """A YAML config that says of training, data and teacher what a LazyConfig says.
 
-    Only for checks: :func:`describe_model` adds what they ask of the model.
+    :func:`describe_model` adds what is asked of the model.
     """
     yaml_view = get_cfg()
     add_kd_config(yaml_view)
-    yaml_view.OUTPUT_DIR = cfg.train.output_dir
+    train = cfg.train
+    yaml_view.OUTPUT_DIR = train.output_dir
+    yaml_view.SEED = train.get("seed", -1)
+    yaml_view.MODEL.DEVICE = train.device
+    yaml_view.MODEL.WEIGHTS = train.init_checkpoint
+    yaml_view.SOLVER.MAX_ITER = train.max_iter
+    yaml_view.SOLVER.CHECKPOINT_PERIOD = train.checkpointer.period
+    yaml_view.SOLVER.CHECKPOINT_MAX_TO_KEEP = train.checkpointer.get("max_to_keep") or 0
+    yaml_view.SOLVER.AMP.ENABLED = train.amp.enabled
+    yaml_view.SOLVER.EMA.ENABLED = "ema_decay" in train
+    yaml_view.SOLVER.EMA.DECAY = train.get("ema_decay", yaml_view.SOLVER.EMA.DECAY)
+    yaml_view.TEST.EVAL_PERIOD = train.eval_period
     yaml_view.DATASETS.TRAIN = _dataset_names(cfg, "train")
     yaml_view.DATASETS.TEST = _dataset_names(cfg, "test")
-    yaml_view.DATALOADER.MAX_CORRUPT_IMAGES = cfg.train.get("max_corrupt_images", 0)
+    yaml_view.DATALOADER.MAX_CORRUPT_IMAGES = train.get("max_corrupt_images", 0)
     mapper = OmegaConf.select(cfg, "dataloader.train.mapper") or {}
     yaml_view.INPUT.MASK_FORMAT = mapper.get("instance_mask_format", "polygon")
     keypoints = OmegaConf.select(cfg, "model.roi_heads.keypoint_head.num_keypoints")
@@ -277,6 +251,8 @@ def as_yaml(cfg: DictConfig) -> CfgNode:
     yaml_view.KD.TEACHER.CONFIG_FILE = teacher.get("config_file", "")
     yaml_view.KD.TEACHER.WEIGHTS = teacher.get("weights", "")
     yaml_view.KD.TEACHER.OPTS = plain_list(teacher.get("opts", ()))
+    for key, value in cfg.get("distillation_schedule", {}).items():
+        merge_opts(yaml_view, [f"KD.SCHEDULE.{key}", value], source="distillation_schedule")
     return yaml_view
 
 
@@ -296,109 +272,6 @@ def describe_model(yaml_view: CfgNode, model: nn.Module) -> None:
     # Without its config's name a teacher's classes are not known.
     if yaml_view.KD.TEACHER.CONFIG_FILE:
         yaml_view.KD.DISTILLERS = list(getattr(model, "distillers", {}))
-
-
-def to_lazy_keys(text: str) -> str:
-    """Adds to a message about YAML keys what they are called in a LazyConfig."""
-    names = [f"{key} is {lazy}" for key, lazy in LAZY_KEYS.items() if key in text]
-    return f"{text} (in a LazyConfig {', '.join(names)})" if names else text
-
-
-@contextlib.contextmanager
-def errors_with_lazy_keys() -> Iterator[None]:
-    """Errors for the user are raised again with the names of a LazyConfig's keys."""
-    try:
-        yield
-    except (ConfigError, CorruptImageError, NonFiniteLossError) as error:
-        raise type(error)(to_lazy_keys(str(error))) from error
-
-
-def train(cfg: DictConfig, model: nn.Module, *, resume: bool) -> None:
-    """Trains a model, evaluates it every ``train.eval_period`` and writes the plain student.
-
-    Args:
-        cfg: the LazyConfig.
-        model: built from it.
-        resume: go on with the run in ``train.output_dir``, batches and random state included.
-    """
-    output_dir = cfg.train.output_dir
-    if cfg.train.amp.enabled and cfg.train.device == "cpu":
-        raise ConfigError("train.amp.enabled is True but train.device is 'cpu'; set it to False")
-    warn_of_pixel_statistics(model, to_lazy_keys)
-    seed = cfg.train.get("seed", -1)
-    seed = seed if seed >= 0 else comm.shared_random_seed()
-    loader = build_lazy_train_loader(
-        cfg.dataloader.train, seed=seed, max_corrupt_images=cfg.train.get("max_corrupt_images", 0)
-    )
-    cfg.optimizer.params.model = model
-    trainer = LazyTrainLoop(
-        create_ddp_model(model, device_ids=None, **cfg.train.get("ddp", DDP_OPTIONS)),
-        instantiate(cfg.dataloader.train) if loader is None else loader,
-        instantiate(cfg.optimizer),
-        seed=seed,
-        amp_dtype=torch.float16 if cfg.train.amp.enabled else None,
-    )
-    checkpointer = DistillationCheckpointer(
-        model, output_dir, weights_key="train.init_checkpoint", trainer=trainer
-    )
-    step_seed = StepSeed(seed)
-    stop = StopOnSignal(checkpointer)
-    own = []
-    if "ema_decay" in cfg.train:
-        own.append(WeightAverage(model, cfg.train.ema_decay))
-        checkpointer.saved_weights = own[0].applied
-    if getattr(model, "teacher", None) is not None:
-        own.append(TeacherGuard(model.teacher))
-        if "distillation_schedule" in cfg:
-            own.append(DistillationSchedule(model, schedule_of(cfg), cfg.train.max_iter))
-    main_only = [
-        hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-        hooks.PeriodicWriter(
-            default_writers(output_dir, cfg.train.max_iter), period=cfg.train.log_period
-        ),
-    ]
-    main_only = main_only if comm.is_main_process() else []
-
-    def evaluate_now() -> dict:
-        with checkpointer.saved_weights(), stop.at_once():
-            trainer._last_eval_results = evaluate(cfg, model)  # as DefaultTrainer calls it
-        return trainer._last_eval_results
-
-    trainer.register_hooks(
-        [
-            step_seed,
-            *own,
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
-            *main_only[:1],
-            hooks.EvalHook(cfg.train.eval_period, evaluate_now),
-            LossHistory(),
-            WriteResult(output_dir, run_facts(model, seed)),
-            # The writer comes last, to write also what the evaluation found.
-            *main_only[1:],
-            stop,
-        ]
-    )
-    checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=resume)
-    first = trainer.iter + 1 if resume and checkpointer.has_checkpoint() else 0
-    step_seed.seed = trainer.seed
-    if isinstance(loader, ResumableLoader):
-        loader.seek(trainer.seed, first)
-    elif first:
-        logger.warning(
-            "dataloader.train is no call of build_detection_train_loader that can be continued: "
-            "the resumed run draws its batches anew"
-        )
-    if comm.is_main_process():
-        forget_metrics_from(output_dir, first)
-    trainer.train(first, cfg.train.max_iter)
-    if comm.is_main_process():
-        path = os.path.join(output_dir, "student_final.pth")
-        with checkpointer.saved_weights(), atomic_open(path, "wb") as file:
-            state = unwrap(model).state_dict()
-            student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
-            torch.save({"model": student}, file)
-        logger.info("The student for plain Detectron2: %s", path)
 
 
 def evaluate(cfg: DictConfig, model: nn.Module) -> dict:

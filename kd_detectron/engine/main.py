@@ -9,11 +9,10 @@
 Processes and exit codes are those of ``launch.py``.
 """
 
-import contextlib
 import logging
 import os
-import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
 
 from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.commands import add_import_option, import_user_code, parse_arguments
@@ -37,7 +37,7 @@ from kd_detectron.preflight.resume import check_output_dir, check_same_run
 
 from .check import check
 from .launch import start
-from .trainer import DistillationTrainer, student_parameters, unwrap
+from .trainer import DistillationTrainer, describe, unwrap
 
 logger = logging.getLogger("kd_detectron")
 
@@ -87,12 +87,7 @@ def run(args) -> None:
             cfg.OUTPUT_DIR = folder
             check(cfg)
         return
-    check_output_dir(cfg, resume=args.resume, training=not evaluating)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="kd_detectron")
-    if args.resume and not evaluating and comm.is_main_process():
-        check_same_run(cfg)
-    with keep_run_config(cfg) if evaluating else contextlib.nullcontext():
-        default_setup(cfg, args)
+    prepare_folder(args, cfg, cfg, training=not evaluating, check_same=check_same_run)
     if args.eval_teacher:
         evaluate_teacher(cfg)
     elif args.eval_only:
@@ -101,20 +96,51 @@ def run(args) -> None:
         train(cfg, resume=args.resume)
 
 
+def prepare_folder(
+    args, cfg: CfgNode | DictConfig, yaml_view: CfgNode, *, training: bool, check_same: Callable
+) -> None:
+    """Checks the output folder, starts the logs in it, and writes ``config.yaml``.
+
+    Args:
+        args: the command line.
+        cfg: the run's config.
+        yaml_view: the same as a YAML config.
+        training: whether it is a training; an evaluation leaves the run's ``config.yaml``.
+        check_same: compares ``cfg`` with the run that ``--resume`` goes on with.
+    """
+    folder = Path(yaml_view.OUTPUT_DIR)
+    check_output_dir(yaml_view, resume=args.resume, training=training)
+    setup_logger(str(folder), distributed_rank=comm.get_rank(), name="kd_detectron")
+    if args.resume and training and comm.is_main_process():
+        check_same(cfg)
+    config = folder / "config.yaml"
+    before = None if training or not config.is_file() else config.read_bytes()
+    default_setup(cfg, args)
+    # Detectron2 wrote that of the evaluation over it.
+    if before is not None and comm.is_main_process():
+        config.write_bytes(before)
+
+
 def train(cfg: CfgNode, *, resume: bool) -> None:
     """Trains, evaluates and exports the student of a config."""
     check_data(cfg)
-    trainer = DistillationTrainer(cfg)
+    run_trainer(DistillationTrainer(cfg), resume=resume)
+
+
+def run_trainer(trainer: DistillationTrainer, *, resume: bool) -> None:
+    """Trains to the end, from the start or from the last checkpoint."""
     trainer.resume_or_load(resume=resume)
     if trainer.finished:
         logger.info(
             "The run in %s is finished after %d iterations: nothing to do. Raise SOLVER.MAX_ITER "
             "to extend it, or give --eval-only to evaluate it again",
-            cfg.OUTPUT_DIR,
+            trainer.cfg.OUTPUT_DIR,
             trainer.start_iter,
         )
         return
-    log_start(trainer)
+    model = unwrap(trainer.model)
+    warn_of_pixel_statistics(model)
+    logger.info("Random seed: %d\n%s", trainer.seed, describe(model))
     trainer.train()
 
 
@@ -141,41 +167,3 @@ def evaluate_teacher(cfg: CfgNode) -> dict:
     teacher_cfg.INPUT.FORMAT = input_format
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     return DistillationTrainer.test(teacher_cfg, model)
-
-
-def log_start(trainer: DistillationTrainer) -> None:
-    """Logs student, teacher and distillers with their sizes and weights."""
-    model = unwrap(trainer.model)
-    warn_of_pixel_statistics(model)
-    logger.info("Random seed: %d", trainer.seed)
-    distillers = getattr(model, "distillers", {})
-    logger.info("Student: %.1f M parameters", student_parameters(model) / 1e6)
-    if not distillers:
-        logger.info("No distillation: plain %s", type(model).__name__)
-        return
-    teacher = model.teacher
-    logger.info(
-        "Teacher: %s, %.1f M parameters, frozen", teacher.name, teacher.num_parameters / 1e6
-    )
-    for name, distiller in distillers.items():
-        parameters = sum(p.numel() for p in distiller.parameters())
-        logger.info(
-            "Distiller: %s, weight %g%s",
-            name,
-            model.distillation_weights[name],
-            f", {parameters / 1e6:.2f} M parameters of its own" if parameters else "",
-        )
-
-
-@contextlib.contextmanager
-def keep_run_config(cfg: CfgNode):
-    """Puts a run's ``config.yaml`` back after Detectron2 wrote that of an evaluation over it."""
-    path = Path(cfg.OUTPUT_DIR, "config.yaml")
-    before = path.read_bytes() if path.is_file() else None
-    yield
-    if before is not None and comm.is_main_process():
-        path.write_bytes(before)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,31 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.modeling.precision import PRECISIONS
 
-from .weight_average import WeightAverage
 
-
-class ContinuedTraining:
-    """Mixin in front of a trainer class of Detectron2: two corrections of its resume."""
-
-    def before_train(self) -> None:
-        super().before_train()
-        # Detectron2 counts one iteration too many where there is none left to run, as after a stop
-        # in the final evaluation.
-        if self.start_iter >= self.max_iter:
-            self.iter = self.max_iter - 1
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        averages = any(isinstance(hook, WeightAverage) for hook in self._hooks)
-        if WeightAverage.__qualname__ in state_dict.get("hooks", {}) and not averages:
-            raise ConfigError(
-                "SOLVER.EMA.ENABLED is False but the run in OUTPUT_DIR averages its weights; set "
-                "it to True to go on with it, or start anew with MODEL.WEIGHTS set to its "
-                "checkpoint"
-            )
-        super().load_state_dict(state_dict)
-
-
-class DistillationTrainLoop(ContinuedTraining, SimpleTrainer):
+class DistillationTrainLoop(SimpleTrainer):
     """Runs one iteration: ``accumulate_steps`` forward and backward passes, one optimizer step.
 
     Args:

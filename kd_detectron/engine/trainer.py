@@ -11,10 +11,11 @@ import glob
 import logging
 import os
 import weakref
+from collections.abc import Mapping
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, HookBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.evaluation import (
     COCOEvaluator,
@@ -29,8 +30,8 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
-from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.data.loader import build_train_loader
+from kd_detectron.checkpoint import DistillationCheckpointer, export_student
+from kd_detectron.data.loader import ResumableLoader, build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.modeling.fold import channels_last_on_cpu
@@ -41,26 +42,29 @@ from .hooks import (
     DistillationSchedule,
     ExportStudent,
     KeepBest,
-    LossHistory,
     StepSeed,
     StopOnSignal,
     TeacherGuard,
     WriteResult,
 )
-from .pictures import TrainingPictures
-from .train_loop import ContinuedTraining, DistillationTrainLoop
+from .train_loop import DistillationTrainLoop
 from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
 
 
-class DistillationTrainer(ContinuedTraining, DefaultTrainer):
+class DistillationTrainer(DefaultTrainer):
     """Trains the model of a config, with or without distillation, and evaluates it by COCO AP.
 
     Attributes:
         seed: the run's seed: ``cfg.SEED``, or a random one where that is negative; kept in
             checkpoints.
+        ddp_options: of DistributedDataParallel.
+        log_period: iterations from one line of ``metrics.json`` to the next.
     """
+
+    ddp_options: Mapping = {"broadcast_buffers": False}
+    log_period = 20
 
     def __init__(self, cfg: CfgNode):
         """
@@ -79,8 +83,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         distributed = create_ddp_model(
             model,
             device_ids=None,  # the model's own, also on the CPU
-            broadcast_buffers=False,
-            find_unused_parameters=loses_levels(cfg, model),
+            **self.ddp_options,
         )
         self._trainer = DistillationTrainLoop.from_config(cfg, distributed, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -103,14 +106,12 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         if scaled is cfg:
             return cfg
         scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
-        frozen = scaled.is_frozen()
         scaled.defrost()
         for key in ("WARMUP_ITERS", "STOP_ITER"):
             before = cfg.KD.SCHEDULE[key]
             scaled.KD.SCHEDULE[key] = max(round(before / scale), 1) if before > 0 else before
         scaled.SOLVER.EMA.DECAY = cfg.SOLVER.EMA.DECAY**scale
-        if frozen:
-            scaled.freeze()
+        scaled.freeze()
         return scaled
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -130,7 +131,13 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
                 "with this run, or give another OUTPUT_DIR"
             )
         self._step_seed.seed = self.seed
-        self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
+        if isinstance(self.data_loader, ResumableLoader):
+            self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
+        elif self.start_iter:
+            logger.warning(
+                "dataloader.train is no call of build_detection_train_loader that can be continued:"
+                " the resumed run draws its batches anew"
+            )
         if not self.finished and comm.is_main_process():
             forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
 
@@ -150,14 +157,34 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         teacher = getattr(model, "teacher", None)
         stop = StopOnSignal(self.checkpointer)
         ret = super().build_hooks()
-        limit_checkpoints(ret, cfg)
+        keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+        if keep < 0:
+            raise ConfigError(
+                f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {keep}; give how many checkpoints to keep, or 0 "
+                "for all of them"
+            )
+        for hook in ret:
+            if isinstance(hook, hooks.PeriodicCheckpointer) and keep:
+                hook.max_to_keep = keep
+                # Those of the run that is resumed count as well; other files are not ours.
+                if self.checkpointer.has_checkpoint():
+                    pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
+                    hook.recent_checkpoints = sorted(glob.glob(pattern))
         # Detectron2 ends its list with the evaluation and, on the main process, the writer:
         # whatever is put into the storage must come before that.
-        writer = [ret.pop()] if comm.is_main_process() else []
+        writer = []
+        if comm.is_main_process():
+            ret.pop()
+            writer = [hooks.PeriodicWriter(self.build_writers(), period=self.log_period)]
         ret.pop()
         ret.insert(0, self._step_seed)
         if cfg.SOLVER.EMA.ENABLED:
-            average = build_weight_average(cfg, model)
+            if cfg.TEST.PRECISE_BN.ENABLED:
+                raise ConfigError(
+                    "SOLVER.EMA.ENABLED and TEST.PRECISE_BN.ENABLED are both True, but PreciseBN "
+                    "estimates the statistics of weights that are not averaged; set one to False"
+                )
+            average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
             self.checkpointer.saved_weights = average.applied
             ret.insert(1, average)
 
@@ -172,7 +199,7 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
 
-        ret += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate), LossHistory()]
+        ret += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
         if cfg.TEST.AUG.ENABLED:
             ret.append(hooks.EvalHook(0, evaluate_with_augmentation))
         if getattr(model, "distillers", None):
@@ -181,11 +208,20 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
             ret.append(TeacherGuard(teacher))
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
             ret.append(KeepBest(self.checkpointer, cfg.TEST.EVAL_PERIOD, main_metric(cfg)))
-        if comm.is_main_process() and cfg.VIS_PERIOD > 0:
-            ret.append(TrainingPictures(cfg, model))
-        # The result before the export, which can fail.
-        ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent(cfg)]
+        ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent()]
         return [*ret, *writer, stop]
+
+    def before_train(self) -> None:
+        super().before_train()
+        # Detectron2 counts one iteration too many where there is none left to run, as after a stop
+        # in the final evaluation.
+        if self.start_iter >= self.max_iter:
+            self.iter = self.max_iter - 1
+
+    def export(self) -> None:
+        """Writes ``student_final.pth``, which plain Detectron2 loads, from ``model_final.pth``."""
+        folder = self.cfg.OUTPUT_DIR
+        export_student(os.path.join(folder, "model_final.pth"), folder, cfg=self.cfg)
 
     def state_dict(self) -> dict:
         # After the last step Detectron2 counts one further, and a resume would skip an iteration.
@@ -193,6 +229,13 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         return super().state_dict() | {"seed": self.seed, "iteration": iteration}
 
     def load_state_dict(self, state_dict: dict) -> None:
+        averaged = WeightAverage.__qualname__ in state_dict.get("hooks", {})
+        if averaged and not self.cfg.SOLVER.EMA.ENABLED:
+            raise ConfigError(
+                "SOLVER.EMA.ENABLED is False but the run in OUTPUT_DIR averages its weights; set "
+                "it to True to go on with it, or start anew with MODEL.WEIGHTS set to its "
+                "checkpoint"
+            )
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
 
@@ -239,23 +282,6 @@ class DistillationTrainer(ContinuedTraining, DefaultTrainer):
         return {f"{key}_TTA": value for key, value in results.items()}
 
 
-def limit_checkpoints(built: list[HookBase], cfg: CfgNode) -> None:
-    """Has the periodic checkpoints deleted but for ``SOLVER.CHECKPOINT_MAX_TO_KEEP``, if any."""
-    keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
-    if keep < 0:
-        raise ConfigError(
-            f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {keep}; give how many checkpoints to keep, or 0 for "
-            "all of them"
-        )
-    for hook in built:
-        if keep and isinstance(hook, hooks.PeriodicCheckpointer):
-            hook.max_to_keep = keep
-            # Those of the run that is resumed count as well; other files are not ours to delete.
-            if hook.checkpointer.has_checkpoint():
-                pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
-                hook.recent_checkpoints = sorted(glob.glob(pattern))
-
-
 def unwrap(model):
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
@@ -270,38 +296,6 @@ def main_metric(cfg: CfgNode) -> str:
     return f"{cfg.DATASETS.TEST[0]}/{metric}" if len(cfg.DATASETS.TEST) > 1 else metric
 
 
-def build_weight_average(cfg: CfgNode, model) -> WeightAverage:
-    """The hook of ``SOLVER.EMA``.
-
-    Raises:
-        ConfigError: PreciseBN is on, whose statistics are those of the weights before averaging.
-    """
-    if cfg.TEST.PRECISE_BN.ENABLED:
-        raise ConfigError(
-            "SOLVER.EMA.ENABLED and TEST.PRECISE_BN.ENABLED are both True, but PreciseBN estimates "
-            "the statistics of weights that are not averaged; set one of them to False"
-        )
-    return WeightAverage(model, cfg.SOLVER.EMA.DECAY)
-
-
-def loses_levels(cfg: CfgNode, model) -> bool:
-    """Whether layers get no gradient once distillation stops, since it alone reads their level.
-
-    DistributedDataParallel must then look for them in each step.
-    """
-    if not getattr(model, "distillers", None) or not cfg.KD.SCHEDULE.STOP_ITER:
-        return False
-    parts = (model, *(getattr(model, x, None) for x in ("proposal_generator", "roi_heads")))
-    parts += (getattr(model, "sem_seg_head", None),)
-    read = {
-        level
-        for part in parts
-        for name in ("in_features", "box_in_features", "head_in_features")
-        for level in getattr(part, name, None) or ()
-    }
-    return not read.issuperset(model.backbone.output_shape())
-
-
 def student_parameters(model) -> int:
     """Number of the student's parameters, without the distillers' own."""
     return sum(
@@ -309,19 +303,28 @@ def student_parameters(model) -> int:
     )
 
 
+def describe(model) -> str:
+    """Teacher, distillers and student with their sizes and weights, one line each."""
+    lines = [f"student  {student_parameters(model) / 1e6:.1f} M parameters"]
+    if teacher := getattr(model, "teacher", None):
+        distilled = model.distillation_weights.items()
+        lines = [
+            f"teacher  {teacher.name}: {teacher.num_parameters / 1e6:.1f} M parameters",
+            *(f"distil   {name}, weight {weight:g}" for name, weight in distilled),
+            *lines,
+        ]
+    return "\n".join(lines)
+
+
 def run_facts(model, seed: int) -> dict:
     """What ``result.json`` says of a run beside its results."""
     teacher = getattr(model, "teacher", None)
-    distillers = getattr(model, "distillers", None)
     return {
-        "distillers": list(distillers) if distillers else [],
-        "distillation_weights": dict(model.distillation_weights) if distillers else {},
+        "distillers": list(getattr(model, "distillers", ())),
+        "distillation_weights": dict(getattr(model, "distillation_weights", {})),
         "teacher": teacher.name if teacher else "",
         "teacher_parameters": teacher.num_parameters if teacher else 0,
         "student_parameters": student_parameters(model),
-        "distiller_parameters": sum(p.numel() for p in distillers.parameters())
-        if distillers
-        else 0,
         "seed": seed,
         "torch": torch.__version__,
     }

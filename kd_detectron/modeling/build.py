@@ -6,19 +6,23 @@ plain one under the same seed.
 """
 
 import logging
-import math
 from collections.abc import Collection, Mapping
 from types import SimpleNamespace
 
 import torch
 from detectron2.config import CfgNode
 
-from kd_detectron.distillers import DISTILLER_REGISTRY, build_distiller, find_distiller
+from kd_detectron.distillers import (
+    DISTILLER_REGISTRY,
+    build_distiller,
+    check_weight,
+    find_distiller,
+)
 from kd_detectron.errors import ConfigError, did_you_mean
 
 from .compatibility import check_fits
 from .frozen_teacher import FrozenTeacher, model_spec
-from .inherit import inherit
+from .inherit import inherit_parts
 from .teacher_loading import load_teacher
 
 logger = logging.getLogger(__name__)
@@ -66,7 +70,7 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
         for name in names:
             build_distiller(name, options[name], student_spec, student_spec)
         model, input_format = load_teacher(cfg)
-        built["inherited"] = inherit(parts, student, model)
+        built["inherited"] = inherit_parts(parts, student, model)
         if not names:
             return built
         teacher = FrozenTeacher.from_model(model, input_format, cfg)
@@ -95,13 +99,6 @@ def weight_and_options(cfg: CfgNode, name: str) -> tuple[float, dict]:
     options = dict(cfg.KD.get(name.upper(), {}))
     weight = options.pop("WEIGHT", cls.default_weight)
     return check_weight(f"KD.{name.upper()}.WEIGHT", weight), options
-
-
-def check_weight(key: str, weight: float) -> float:
-    """Returns a distiller's weight if it can be used; else a ConfigError that names ``key``."""
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise ConfigError(f"{key} is {weight}; it must be a finite number, not negative")
-    return float(weight)
 
 
 def check_weights(weights: Mapping[str, float], distillers: Collection[str]) -> dict[str, float]:

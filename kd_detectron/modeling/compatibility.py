@@ -6,14 +6,11 @@ student and teacher for their tensors to be comparable.
 
 import math
 
-from kd_detectron.distillers import ModelSpec
+from kd_detectron.distillers import ModelSpec, check_classes
 from kd_detectron.errors import ConfigError
 
 from .frozen_teacher import FrozenTeacher
 from .taps import anchor_levels_of, mask_head_of, rpn_of
-
-# Outputs that have something of their own for each class.
-_OF_CLASSES = frozenset({"logits", "box_deltas", "mask_logits"})
 
 
 def check_fits(
@@ -38,13 +35,7 @@ def check_fits(
     models = {"student": student_model, "teacher": teacher.model}
     if requires & {"logits", "box_features", "box_deltas"}:
         _check_box_heads(name, {"student": student, "teacher": teacher.spec})
-    if requires & _OF_CLASSES and student.num_classes != teacher.spec.num_classes:
-        raise ConfigError(
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {student.num_classes} for the student and "
-            f"{teacher.spec.num_classes} for the teacher, but '{name}' compares their outputs "
-            "class by class; train the teacher on the student's classes, or use feature "
-            "distillers alone"
-        )
+    check_classes(name, requires, student, teacher.spec, key="MODEL.ROI_HEADS.NUM_CLASSES")
     if "logits" in requires:
         _check_softmax(name, models)
     if "box_deltas" in requires:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 from detectron2.config import CfgNode, get_cfg
-from detectron2.structures import Boxes, ImageList
+from detectron2.structures import ImageList
 from torch import nn
 
 from kd_detectron.config import add_kd_config
@@ -149,41 +149,6 @@ class FrozenTeacher:
             images = [image.flip(0) for image in images]
         return self.model.preprocess_image([{"image": image} for image in images])
 
-    def features(self, batched_inputs: list[dict], student_format: str) -> dict[str, torch.Tensor]:
-        """Runs the backbone: level name -> (N, C, H, W)."""
-        with self._running():
-            features = self.model.backbone(self.preprocess(batched_inputs, student_format).tensor)
-        # Losses and pooler meet them beside the student's maps, in the student's format.
-        return {level: feature.contiguous() for level, feature in features.items()}
-
-    def box_features(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Runs pooler and box head on given boxes: (R, D)."""
-        heads = self.model.roi_heads
-        with self._running():
-            pooled = heads.box_pooler([features[level] for level in heads.box_in_features], boxes)
-            return heads.box_head(pooled).flatten(1)
-
-    def box_predictions(self, box_features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Runs the box predictor: logits (R, K+1) and deltas (R, 4) or (R, 4K)."""
-        with self._running():
-            return self.model.roi_heads.box_predictor(box_features)
-
-    def rpn(
-        self, features: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Runs the RPN's head: objectness (N, H*W*A) and deltas (N, H*W*A, 4) by level."""
-        rpn = self.model.proposal_generator
-        with self._running():
-            outputs = rpn.rpn_head([features[level] for level in rpn.in_features])
-            return rpn_outputs_by_level(rpn, outputs)
-
-    def mask_logits(self, features: dict[str, torch.Tensor], boxes: list[Boxes]) -> torch.Tensor:
-        """Runs mask pooler and mask head on given boxes: (F, 1, M, M) or (F, K, M, M)."""
-        heads = self.model.roi_heads
-        with self._running():
-            pooled = heads.mask_pooler([features[level] for level in heads.mask_in_features], boxes)
-            return heads.mask_head.layers(pooled)
-
     def fingerprint(self) -> str:
         """A hash of all weights and buffers; a frozen teacher's never changes."""
         digest = hashlib.sha256()
@@ -192,7 +157,8 @@ class FrozenTeacher:
             digest.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _running(self):
+    def running(self):
+        """The context that it is run in: no gradient, and a precision of its own."""
         return teacher_precision(self.model.pixel_mean.device, amp=self.amp)
 
 
@@ -229,17 +195,32 @@ class FrozenTeacherStep:
     student_format: str
     taps: StudentTaps
 
-    def features(self):
-        return self.teacher.features(self.batched_inputs, self.student_format)
+    def features(self) -> dict[str, torch.Tensor]:
+        teacher = self.teacher
+        with teacher.running():
+            images = teacher.preprocess(self.batched_inputs, self.student_format)
+            features = teacher.model.backbone(images.tensor)
+        # Losses and pooler meet them beside the student's maps, in the student's format.
+        return {level: feature.contiguous() for level, feature in features.items()}
 
-    def rpn(self, features):
-        return self.teacher.rpn(features)
+    def rpn(self, features) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        rpn = self.teacher.model.proposal_generator
+        with self.teacher.running():
+            outputs = rpn.rpn_head([features[level] for level in rpn.in_features])
+            return rpn_outputs_by_level(rpn, outputs)
 
-    def box_features(self, features):
-        return self.teacher.box_features(features, self.taps.proposal_boxes)
+    def box_features(self, features) -> torch.Tensor:
+        heads = self.teacher.model.roi_heads
+        maps = [features[level] for level in heads.box_in_features]
+        with self.teacher.running():
+            return heads.box_head(heads.box_pooler(maps, self.taps.proposal_boxes)).flatten(1)
 
-    def box_predictions(self, box_features):
-        return self.teacher.box_predictions(box_features)
+    def box_predictions(self, box_features) -> tuple[torch.Tensor, torch.Tensor]:
+        with self.teacher.running():
+            return self.teacher.model.roi_heads.box_predictor(box_features)
 
-    def mask_logits(self, features):
-        return self.teacher.mask_logits(features, self.taps.mask_boxes)
+    def mask_logits(self, features) -> torch.Tensor:
+        heads = self.teacher.model.roi_heads
+        maps = [features[level] for level in heads.mask_in_features]
+        with self.teacher.running():
+            return heads.mask_head.layers(heads.mask_pooler(maps, self.taps.mask_boxes))

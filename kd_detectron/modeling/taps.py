@@ -1,8 +1,7 @@
 """Taps on a Detectron2 student: what it computed in one step, without running any layer again.
 
-:class:`StudentTaps` is a context manager around the student's forward pass. Its hooks, and the one
-method that it wraps, are removed when the block ends, also when it fails. Only what the distillers
-require is recorded. The recorded logits are the very tensor that feeds ``loss_cls``.
+:class:`StudentTaps` is a context manager around the student's forward pass. Only what the
+distillers require is recorded. The recorded logits are the very tensor that feeds ``loss_cls``.
 
 The boxes are taken at the pooler, not from the returned proposals: under
 ``MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES`` Detectron2 replaces the latter by predicted boxes after
@@ -12,14 +11,14 @@ Legend: N images, R sampled proposals over the whole batch, F foreground ones am
 foreground classes, A anchors per location.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 
 import torch
 from detectron2.structures import Boxes
 from torch import nn
 
 from kd_detectron.context import StudentOutputs
+from kd_detectron.taps import Taps
 
 
 def box_head_of(model: nn.Module) -> nn.Module | None:
@@ -74,7 +73,7 @@ def rpn_outputs_by_level(
     return dict(zip(levels, objectness, strict=True)), dict(zip(levels, deltas, strict=True))
 
 
-class StudentTaps:
+class StudentTaps(Taps):
     """Records one forward pass of a Detectron2 detector; use as a context manager.
 
     Args:
@@ -92,9 +91,9 @@ class StudentTaps:
     """
 
     def __init__(self, model: nn.Module, requires: Iterable[str]):
+        super().__init__()
         self._model = model
         self._requires = frozenset(requires)
-        self._exit = ExitStack()
         self.outputs = StudentOutputs(features={})
         self.anchors: dict[str, torch.Tensor] | None = None
         self.anchor_labels: dict[str, torch.Tensor] | None = None
@@ -106,60 +105,34 @@ class StudentTaps:
 
     def __enter__(self) -> "StudentTaps":
         model, requires = self._model, self._requires
-        self._after(model.backbone, self._record_features)
+        self.after(model.backbone, self._record_features)
         if "anchors" in requires and anchor_levels_of(model) is not None:
-            self._after(anchor_levels_of(model)[0], self._record_anchors)
+            self.after(anchor_levels_of(model)[0], self._record_anchors)
         if "objectness" in requires:
-            self._after(rpn_of(model).rpn_head, self._record_rpn)
-            self._wrap(rpn_of(model), "label_and_sample_anchors", self._record_anchor_labels)
+            self.after(rpn_of(model).rpn_head, self._record_rpn)
+            # These labels are in no module's output.
+            self.wrap(rpn_of(model), "label_and_sample_anchors", self._record_anchor_labels)
         if box_head_of(model) is not None:
-            self._before(model.roi_heads.box_pooler, self._record_boxes)
+            self.before(model.roi_heads.box_pooler, self._record_boxes)
         if requires & {"box_features", "logits", "box_deltas"} and box_head_of(model) is not None:
             heads = model.roi_heads
-            self._after(heads.box_head, self._record_box_features)
-            self._after(heads.box_predictor, self._record_box_predictions)
-            self._after(heads, self._record_targets)
+            self.after(heads.box_head, self._record_box_features)
+            self.after(heads.box_predictor, self._record_box_predictions)
+            self.after(heads, self._record_targets)
         if "mask_logits" in requires:
             head = mask_head_of(model)
-            self._before(head, self._record_mask_proposals)
-            self._after(head.predictor, self._record_mask_logits)
+            self.before(head, self._record_mask_proposals)
+            self.after(head.predictor, self._record_mask_logits)
         return self
 
-    def __exit__(self, *exception) -> None:
-        self._exit.close()
-
-    def _after(self, module: nn.Module, record: Callable) -> None:
-        self._exit.callback(module.register_forward_hook(record).remove)
-
-    def _before(self, module: nn.Module, record: Callable) -> None:
-        self._exit.callback(module.register_forward_pre_hook(record).remove)
-
-    def _wrap(self, module: nn.Module, name: str, record: Callable) -> None:
-        # On the instance; hooks see modules alone, and these labels are in no module's output.
-        method, before = getattr(module, name), vars(module).get(name)
-
-        def wrapped(*args, **kwargs):
-            result = method(*args, **kwargs)
-            record(result)
-            return result
-
-        def restore():
-            if before is None:
-                delattr(module, name)
-            else:
-                setattr(module, name, before)
-
-        setattr(module, name, wrapped)
-        self._exit.callback(restore)
-
-    def _record_features(self, module, args, output) -> None:
+    def _record_features(self, output) -> None:
         self.outputs.features = dict(output)
 
-    def _record_anchors(self, module, args, output) -> None:
+    def _record_anchors(self, output) -> None:
         levels = anchor_levels_of(self._model)[1]
         self.anchors = {level: boxes.tensor for level, boxes in zip(levels, output, strict=True)}
 
-    def _record_rpn(self, module, args, output) -> None:
+    def _record_rpn(self, output) -> None:
         by_level = rpn_outputs_by_level(rpn_of(self._model), output)
         self.outputs.objectness, self.outputs.anchor_deltas = by_level
 
@@ -169,16 +142,16 @@ class StudentTaps:
         labels = torch.stack(result[0]).split(list(anchors.values()), dim=1)
         self.anchor_labels = dict(zip(anchors, labels, strict=True))
 
-    def _record_boxes(self, module, args) -> None:
-        self.proposal_boxes = list(args[1])
+    def _record_boxes(self, features, boxes) -> None:
+        self.proposal_boxes = list(boxes)
 
-    def _record_box_features(self, module, args, output) -> None:
+    def _record_box_features(self, output) -> None:
         self.outputs.box_features = output.flatten(1)
 
-    def _record_box_predictions(self, module, args, output) -> None:
+    def _record_box_predictions(self, output) -> None:
         self.outputs.logits, self.outputs.box_deltas = output
 
-    def _record_targets(self, module, args, output) -> None:
+    def _record_targets(self, output) -> None:
         proposals = output[0]
         self.targets = torch.cat([x.gt_classes for x in proposals])
         if "box_deltas" in self._requires:
@@ -199,10 +172,9 @@ class StudentTaps:
         )
         return deltas
 
-    def _record_mask_proposals(self, module, args) -> None:
-        proposals = args[1]
+    def _record_mask_proposals(self, features, proposals) -> None:
         self.mask_boxes = [x.proposal_boxes for x in proposals]
         self.mask_classes = torch.cat([x.gt_classes for x in proposals])
 
-    def _record_mask_logits(self, module, args, output) -> None:
+    def _record_mask_logits(self, output) -> None:
         self.outputs.mask_logits = output

@@ -37,10 +37,7 @@ RANDOM_WEIGHTS = "none"
 
 
 def load_teacher(cfg: CfgNode) -> tuple[nn.Module, str]:
-    """Builds and loads the whole teacher that ``cfg.KD.TEACHER`` names.
-
-    Returns:
-        The detector on ``cfg.MODEL.DEVICE`` and the channel order it was trained with.
+    """The whole teacher of ``cfg.KD.TEACHER`` on ``cfg.MODEL.DEVICE``, and its channel order.
 
     Raises:
         ConfigError: its config or checkpoint is not found, unreadable, or does not fit.
@@ -48,7 +45,8 @@ def load_teacher(cfg: CfgNode) -> tuple[nn.Module, str]:
     if cfg.KD.TEACHER.CONFIG_FILE.endswith(".py"):
         path = find_teacher_config(cfg.KD.TEACHER.CONFIG_FILE)
         lazy_cfg = read_lazy_config(path, list(cfg.KD.TEACHER.OPTS))
-        weights = teacher_weights(cfg, lazy_weights(lazy_cfg))
+        own = OmegaConf.select(lazy_cfg, "train.init_checkpoint") or ""
+        weights = teacher_weights(cfg, own)
         model, input_format = build_lazy_model(lazy_cfg, path, cfg.MODEL.DEVICE)
         load_teacher_weights(model, weights)
         return model, input_format
@@ -109,12 +107,8 @@ def zoo_configs() -> list[str]:
     folder = Path(model_zoo.__file__).with_name("configs")
     names = model_zoo.model_zoo._ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX
     # Some have a YAML file, some a LazyConfig, some both.
-    return sorted(
-        f"{name}{suffix}"
-        for name in names
-        for suffix in (".yaml", ".py")
-        if (folder / f"{name}{suffix}").is_file()
-    )
+    files = [folder / f"{name}{suffix}" for name in names for suffix in (".yaml", ".py")]
+    return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
 
 
 def teacher_weights(cfg: CfgNode, own: str) -> str:
@@ -198,11 +192,7 @@ def load_teacher_weights(model: nn.Module, weights: str) -> None:
 
 
 def read_lazy_config(path: str, opts: list) -> DictConfig:
-    """Reads a LazyConfig file and applies overrides.
-
-    Args:
-        path: the ``.py`` file.
-        opts: KEY VALUE overrides in one flat list.
+    """Reads a LazyConfig file and applies KEY VALUE overrides, given in one flat list.
 
     Raises:
         ConfigError: the file cannot be run, has no ``model``, or an override fits nothing in it.
@@ -215,15 +205,22 @@ def read_lazy_config(path: str, opts: list) -> DictConfig:
     if len(opts) % 2:
         raise ConfigError(f"KD.TEACHER.OPTS is {opts}: overrides come in pairs of KEY VALUE")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        # A new leaf is an argument that the file leaves at its default; a new node is a typo.
-        node = key.rpartition(".")[0]
-        if not node or OmegaConf.select(cfg, node) is None:
-            raise ConfigError(
-                f"KD.TEACHER.OPTS sets {key}, but KD.TEACHER.CONFIG_FILE '{path}' is a LazyConfig "
-                f"and has no '{node or key}'; give keys such as model.roi_heads.num_classes"
-            )
+        check_lazy_key(cfg, key, source="KD.TEACHER.OPTS")
         OmegaConf.update(cfg, key, value)
     return cfg
+
+
+def check_lazy_key(cfg: DictConfig, key: str, *, source: str) -> None:
+    """Refuses an override of a LazyConfig in a node that it does not have.
+
+    A new leaf is an argument that the file leaves at its default; a new node is a typo.
+    """
+    node = key.rpartition(".")[0] or key
+    if OmegaConf.select(cfg, node) is None:
+        raise ConfigError(
+            f"{source} sets {key}, but the LazyConfig has no '{node}'"
+            f"{did_you_mean(node.partition('.')[0], map(str, cfg))}"
+        )
 
 
 def plain_list(values: Sequence) -> list:
@@ -245,16 +242,11 @@ def run_lazy_file(path: str, *, key: str) -> DictConfig:
         ) from error
 
 
-def lazy_weights(cfg: DictConfig) -> str:
-    """``train.init_checkpoint`` of a LazyConfig; "" where there is none."""
-    return OmegaConf.select(cfg, "train.init_checkpoint") or ""
-
-
 def build_lazy_model(cfg: DictConfig, path: str, device: str) -> tuple[nn.Module, str]:
     """Instantiates ``cfg.model`` on a device; also returns the channel order of its images.
 
     Raises:
-        ConfigError: the model cannot be built, is no detector, or its channel order is not known.
+        ConfigError: the model cannot be built, or its channel order is not known.
     """
     try:
         model = instantiate(cfg.model)
@@ -263,11 +255,6 @@ def build_lazy_model(cfg: DictConfig, path: str, device: str) -> tuple[nn.Module
             f"the 'model' of KD.TEACHER.CONFIG_FILE '{path}' cannot be built "
             f"({type(error).__name__}: {error}); check KD.TEACHER.OPTS and the file"
         ) from error
-    if not hasattr(model, "backbone") or not hasattr(model, "preprocess_image"):
-        raise ConfigError(
-            f"the 'model' of KD.TEACHER.CONFIG_FILE '{path}' is a {type(model).__name__}; a "
-            "teacher is a Detectron2 detector with a backbone"
-        )
     input_format = (
         getattr(model, "input_format", None)
         or OmegaConf.select(cfg, "dataloader.train.mapper.image_format")

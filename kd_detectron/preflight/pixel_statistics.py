@@ -6,7 +6,7 @@ warning: own data may have any. Those of pretrained weights: ``backbones/pixel_s
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from kd_detectron.backbones.pixel_statistics import IMAGENET_MEAN, IMAGENET_STD, near, rounded
 
@@ -57,10 +57,11 @@ def pixel_statistics_warning(
     )
 
 
-def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list[str]:
-    """Logs where student or teacher normalise by statistics that cannot be their images'.
+def warn_of_pixel_statistics(model) -> list[str]:
+    """Logs and returns where student or teacher normalise by statistics of other images.
 
-    Returns the warnings, each in the words of the user's config by ``wording``.
+    Args:
+        model: a detector, distilled or plain, not wrapped in DistributedDataParallel.
     """
     detectors = {"student": (model, getattr(model, "input_format", None))}
     teacher = getattr(model, "teacher", None)
@@ -72,6 +73,6 @@ def warn_of_pixel_statistics(model, wording: Callable[[str], str] = str) -> list
         mean, std = ([] if value is None else value.flatten().tolist() for value in values)
         warning = pixel_statistics_warning(who, input_format, mean, std)
         if warning:
-            warnings.append(wording(warning))
-            logger.warning("%s", warnings[-1])
+            warnings.append(warning)
+            logger.warning("%s", warning)
     return warnings

@@ -12,7 +12,6 @@ export it, save it.
 Legend: N images, R sampled proposals over the whole batch, K foreground classes.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -21,13 +20,15 @@ from torch import nn
 
 from kd_detectron.context import DistillationContext, StudentOutputs, TeacherOutputs
 from kd_detectron.distillers import (
-    DISTILLER_REGISTRY,
     Distiller,
     ModelSpec,
     build_distiller,
+    check_classes,
+    check_weight,
     distillation_losses,
+    find_distiller,
 )
-from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.errors import ConfigError
 
 from .anatomy import Anatomy, read_anatomy
 from .conventions import (
@@ -44,7 +45,6 @@ from .teacher import FrozenTeacher, TeacherRun
 _OF_BOXES = frozenset({"logits", "box_features", "box_deltas", "box_targets"})
 _OF_RPN = frozenset({"objectness", "anchor_deltas", "anchor_labels"})
 _BY_LEVEL = frozenset({"features", "objectness", "anchor_deltas"})
-_BY_CLASS = frozenset({"logits", "box_deltas", "mask_logits"})
 
 
 class DistilledDetector(nn.Module):
@@ -178,7 +178,7 @@ class DistilledDetector(nn.Module):
         return [level for level in self._anatomy.levels if level in teacher]
 
     def _build(self, name: str, entry: Distiller | Mapping) -> Distiller:
-        requires = entry.requires if isinstance(entry, Distiller) else _registered(name).requires
+        requires = entry.requires if isinstance(entry, Distiller) else find_distiller(name).requires
         _check_fits(name, requires, self._anatomy, self.teacher.anatomy, self._levels)
         if isinstance(entry, Distiller):
             return entry
@@ -205,24 +205,10 @@ def _options_by_name(distillers) -> dict[str, Distiller | Mapping]:
     }
 
 
-def _registered(name: str) -> type[Distiller]:
-    known = [key for key, _ in DISTILLER_REGISTRY]
-    if name not in known:
-        raise ConfigError(
-            f"distillers name '{name}', which is not registered{did_you_mean(name, known)}"
-        )
-    return DISTILLER_REGISTRY.get(name)
-
-
 def _weight(name: str, entry: Distiller | Mapping, distiller: Distiller) -> float:
     options = {} if isinstance(entry, Distiller) else entry
     given = {key.lower(): value for key, value in options.items()}
-    weight = given.get("weight", distiller.default_weight)
-    if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
-        raise ConfigError(
-            f"the weight of '{name}' is {weight!r}; it must be a finite number, not negative"
-        )
-    return float(weight)
+    return check_weight(f"the weight of '{name}'", given.get("weight", distiller.default_weight))
 
 
 def _of_levels(spec: ModelSpec, levels: Sequence[str]) -> ModelSpec:
@@ -250,13 +236,8 @@ def _check_fits(
                 f"'{name}' reads mask logits, but the {who} has no mask head; use a Mask R-CNN for "
                 f"both, or leave '{name}' out"
             )
-    classes = student.spec.num_classes, teacher.spec.num_classes
-    if requires & _BY_CLASS and classes[0] != classes[1]:
-        raise ConfigError(
-            f"the student has {classes[0]} classes without the background and the teacher "
-            f"{classes[1]}, but '{name}' compares them class by class; train the teacher on the "
-            "student's classes, or use distillers of features alone"
-        )
+    number = "the number of classes without the background"
+    check_classes(name, requires, student.spec, teacher.spec, key=number)
     if requires & _BY_LEVEL and not levels:
         strides = [list(anatomy.spec.strides.values()) for anatomy in (student, teacher)]
         raise ConfigError(

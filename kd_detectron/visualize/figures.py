@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, also for the colour-blind; black is kept for the teacher.
@@ -47,11 +46,3 @@ def save_figure(figure: Figure, path: str | Path | None) -> Figure:
         figure.draw_without_rendering()
         figure.savefig(path)
     return figure
-
-
-def figure_pixels(figure: Figure) -> np.ndarray:
-    """Returns what ``save_figure`` would write: (H, W, 3) uint8, RGB."""
-    figure.draw_without_rendering()
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -8,7 +8,7 @@ by Detectron2's own test-time mapper, in its own channel order.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,25 +101,6 @@ class LoadedModel:
     def detect(self, record: dict) -> Instances:
         """Returns the detections on one record, in pixels of the image file, on the CPU."""
         return self.model([self.inputs(record)])[0]["instances"].to("cpu")
-
-
-@dataclass(frozen=True)
-class CachedOutputs(LoadedModel):
-    """A model's outputs on some records, by file name, kept when the model is gone (None)."""
-
-    found: dict[str, tuple[Instances, dict[str, torch.Tensor]]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, loaded: LoadedModel, records: Sequence[dict]) -> "CachedOutputs":
-        """Runs a model on the records."""
-        found = {r["file_name"]: (loaded.detect(r), loaded.features(r)) for r in records}
-        return cls(loaded.label, None, loaded.cfg, loaded.ap, loaded.is_teacher, found)
-
-    def detect(self, record: dict) -> Instances:
-        return self.found[record["file_name"]][0]
-
-    def features(self, record: dict) -> dict[str, torch.Tensor]:
-        return self.found[record["file_name"]][1]
 
 
 def load_run_student(run_folder: str | Path, *, label: str = "", dataset: str = "") -> LoadedModel:

@@ -68,6 +68,21 @@ def test_saved_checkpoint_is_read_by_detectron2(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000004.pth"]
 
 
+def test_renamed_checkpoint_is_flushed_to_disk_with_its_folder(tmp_path, monkeypatch):
+    """A power cut after the write must not bring back the folder as it was before."""
+    flushed = []
+
+    def fsync(descriptor, real=os.fsync):
+        flushed.append((os.path.samestat(os.fstat(descriptor), os.stat(tmp_path)), path.is_file()))
+        real(descriptor)
+
+    path = tmp_path / "model_final.pth"
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_open(str(path)) as file:
+        file.write(b"checkpoint")
+    assert flushed == [(False, False), (True, True)]  # the file before, the folder after
+
+
 def test_disk_full_in_mid_write_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     model = small_model()
     checkpointer = DistillationCheckpointer(model, str(tmp_path))
@@ -182,10 +197,10 @@ with atomic_open({str(tmp_path / "model_final.pth")!r}) as file:
     assert os.listdir(tmp_path) == []
 
 
-def test_checkpoint_can_be_written_without_becoming_the_one_to_resume_from(tmp_path):
+def test_best_checkpoint_is_not_the_one_to_resume_from(tmp_path):
     checkpointer = DistillationCheckpointer(small_model(), str(tmp_path))
     checkpointer.save("model_0000001")
-    checkpointer.save("model_best", tag_last=False)
+    checkpointer.save("model_best")
     assert checkpointer.get_checkpoint_file().endswith("model_0000001.pth")
     checkpointer.save("model_0000002")
     assert checkpointer.get_checkpoint_file().endswith("model_0000002.pth")

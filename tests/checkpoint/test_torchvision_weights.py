@@ -15,7 +15,6 @@ from tiny import tiny_cfg
 
 from kd_detectron.backbones import MobileNetV2
 from kd_detectron.checkpoint import (
-    TORCHVISION_NETWORKS,
     DistillationCheckpointer,
     torchvision_layout,
     torchvision_url,
@@ -172,9 +171,8 @@ def test_old_files_without_num_batches_tracked_load_in_batchnorm(tmp_path):
 def test_resnet_of_another_depth_is_refused(tmp_path, file, depth):
     """A ResNet-34's first blocks have the names and shapes of a ResNet-18's: only the rest tell."""
     model = detector(depth)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(ConfigError, match=r"does not fit.*'res\d\..*MODEL.RESNETS \(DEPTH"):
         DistillationCheckpointer(model).load(weights_file(tmp_path, file))
-    assert f"holds a ResNet-{file[6:]} and MODEL.RESNETS.DEPTH is {depth}" in str(error.value)
 
 
 def test_stride_in_1x1_is_refused(tmp_path):
@@ -187,7 +185,7 @@ def test_stride_in_1x1_is_refused(tmp_path):
     "opts, fix",
     [
         (["MODEL.RESNETS.NORM", "GN"], "NORM"),
-        (["MODEL.RESNETS.STEM_OUT_CHANNELS", 32], "stem"),
+        (["MODEL.RESNETS.STEM_OUT_CHANNELS", 32], "STEM_OUT_CHANNELS"),
         (["MODEL.BACKBONE.NAME", "build_mobilenetv2_fpn_backbone"], "MODEL.BACKBONE.NAME"),
     ],
 )
@@ -213,7 +211,7 @@ def test_wrong_pixel_statistics_for_the_channel_order_are_warned_of(tmp_path, ca
 
 
 def test_every_network_has_a_url_and_v1_is_the_default():
-    for name in TORCHVISION_NETWORKS:
+    for name in ("resnet18", "resnet50", "resnet152", "mobilenet_v2"):
         assert torchvision_url(name).startswith("https://")
         assert torchvision_url(name) == torchvision_url(f"{name}/IMAGENET1K_V1")
     assert torchvision_url("resnet50/IMAGENET1K_V2") != torchvision_url("resnet50")

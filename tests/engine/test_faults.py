@@ -128,26 +128,18 @@ def assert_no_file_is_unreadable(output) -> None:
             assert "iteration" in torch.load(output / name, weights_only=True), name
 
 
-def metrics(output) -> list[dict]:
-    """The losses in ``metrics.json``."""
+def metrics(output) -> list[tuple[int, set[str]]]:
+    """The iterations in ``metrics.json``, each with the names of its losses."""
     records = map(json.loads, (output / "metrics.json").read_text().splitlines())
-    return [
-        {key: value for key, value in record.items() if "loss" in key or key == "iteration"}
-        for record in records
-    ]
+    return [(record["iteration"], {key for key in record if "loss" in key}) for record in records]
 
 
 def assert_same_run(output, expected) -> None:
-    """Bit for bit: losses and weights of every iteration, momentum at the end."""
+    """Bit for bit: weights of every iteration, momentum at the end."""
     names = [f"model_{iteration:07d}.pth" for iteration in range(ITERATIONS)]
     for name in [*names, "model_final.pth"]:
         mine, theirs = (torch.load(x / name, weights_only=True) for x in (output, expected))
         assert mine["iteration"] == theirs["iteration"]
-        # Each loss with its iteration: that of this step, and those that logs show the median of.
-        curves = [x["trainer"]["hooks"]["LossHistory"] for x in (mine, theirs)]
-        assert len(curves[1]["total_loss"]) == theirs["iteration"] + 1
-        assert {"loss_ckd", "loss_reviewkd", "loss_cls"} < curves[1].keys()
-        assert curves[0] == curves[1], name
         assert mine["model"].keys() == theirs["model"].keys()
         for key, tensor in theirs["model"].items():
             assert torch.equal(mine["model"][key], tensor), (name, key)

@@ -1,7 +1,6 @@
 """LazyConfig students: the example is its YAML twin, trains, resumes, and evaluates alone.
 
-Its checks are those of the YAML command; here, that they are made, and said in the LazyConfig's
-keys.
+Its checks are those of the YAML command; here, that they are made.
 """
 
 import json
@@ -18,14 +17,13 @@ from kd_detectron import get_config
 from kd_detectron.config import config_dir
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.engine.lazy import (
-    LazyTrainLoop,
     as_yaml,
     build,
     describe_model,
     main,
     plain,
-    to_lazy_keys,
 )
+from kd_detectron.engine.train_loop import DistillationTrainLoop
 from kd_detectron.errors import ConfigError
 from kd_detectron.preflight.classes import UNKNOWN_CLASSES
 
@@ -129,14 +127,14 @@ def test_trains_and_writes_the_student_alone(config):
     result = json.loads((output / "result.json").read_text())
     assert result["finished"] and result["iterations"] == 2 and result["results"] == {}
     assert result["distillers"] == ["CKD", "ReviewKD"]
-    assert result["teacher_parameters"] > 0 and result["distiller_parameters"] > 0
+    assert result["teacher_parameters"] > 0
 
 
 def test_options_of_distributed_training_are_those_of_the_file(config, monkeypatch):
     path, output = config
     given = []
     monkeypatch.setattr(
-        "kd_detectron.engine.lazy.create_ddp_model",
+        "kd_detectron.engine.trainer.create_ddp_model",
         lambda model, **options: given.append(options) or model,
     )
     opts = ["train.max_iter=1", "train.ddp.find_unused_parameters=True"]
@@ -161,13 +159,13 @@ def test_distillers_of_other_outputs_train_or_are_refused(config, capsys):
     path, output = config
     with open(path, "a", encoding="utf-8") as file:
         file.write(OTHER_OUTPUTS)
-    assert main(["--config-file", path, "train.ema_decay=0.9"]) == 0
+    assert main(["--config-file", path, "train.ema_decay=0.9", "train.seed=2"]) == 0
     first = metrics(output)[0]
     assert all(first[f"loss_{name}"] > 0 for name in ("pkd", "rpnkd", "boxkd"))
     assert json.loads((output / "result.json").read_text())["distillation_weights"]["PKD"] == 0.5
     for words, opt in (
         (["'RPNKD'", "set of anchors of p2"], "model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]"),
-        (["PKD", "channels", "model.distillers"], f"model.teacher.opts={[*ANCHORS]}"),
+        (["PKD", "compares channel with channel"], f"model.teacher.opts={[*ANCHORS]}"),
     ):
         refused(capsys, path, [opt, f"train.output_dir={output}2"], words)
 
@@ -184,10 +182,15 @@ def test_weights_can_be_averaged(config):
     )
 
 
-def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config, capsys):
+@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "an earlier one"])
+def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config, capsys, earlier):
     path, output = config
     assert main(["--config-file", path]) == 0
-    seed = torch.load(output / "model_final.pth")["trainer"]["seed"]
+    final = torch.load(output / "model_final.pth")
+    seed = final["trainer"]["seed"]
+    if earlier:
+        final["trainer"] |= final["trainer"].pop("_trainer")
+        torch.save(final, output / "model_final.pth")
     assert main(["--config-file", path, "--resume", "train.max_iter=3"]) == 0
     assert [record["iteration"] for record in metrics(output) if "loss_ckd" in record] == [0, 1, 2]
     assert json.loads((output / "result.json").read_text())["seed"] == seed
@@ -197,7 +200,7 @@ def test_resume_goes_on_where_it_stopped_with_the_random_seed_of_the_run(config,
 
 def interrupted(path, monkeypatch, iteration, opts=()):
     """Runs a config until an exception before this iteration."""
-    run_step = LazyTrainLoop.run_step
+    run_step = DistillationTrainLoop.run_step
 
     def run_step_or_stop(self):
         if self.iter == iteration:
@@ -205,7 +208,7 @@ def interrupted(path, monkeypatch, iteration, opts=()):
         run_step(self)
 
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        patch.setattr(LazyTrainLoop, "run_step", run_step_or_stop)
+        patch.setattr(DistillationTrainLoop, "run_step", run_step_or_stop)
         main(["--config-file", path, *opts])
 
 
@@ -219,8 +222,6 @@ def test_resumed_run_equals_the_uninterrupted_one(config_with_data, monkeypatch,
     actual, expected = (torch.load(x / "model_final.pth") for x in (output, straight))
     for name, tensor in expected["model"].items():
         assert torch.equal(actual["model"][name], tensor), name
-    curves = [x["trainer"]["hooks"]["LossHistory"] for x in (actual, expected)]
-    assert curves[0] == curves[1] and len(curves[0]["loss_ckd"]) == 3
     iterations = [record["iteration"] for record in metrics(output) if "loss_ckd" in record]
     assert iterations == [0, 1, 2]
 
@@ -256,29 +257,30 @@ def refused(capsys, path, opts, words):
         ),
         (["model.distillers.1.in_channels=[24,24,24,24]"], ["cannot be built (ValueError: "]),
         (["model.distillation_weights.ckd=0.1"], ["names 'ckd'", "did you mean CKD"]),
-        (["distillation_schedule.DECAI=linear"], ["DECAI", "did you mean DECAY"]),
-        (["train.amp.enabled=True"], ["train.amp.enabled is True but train.device is 'cpu'"]),
+        (
+            ["distillation_schedule.DECAI=linear"],
+            ["KD.SCHEDULE.DECAI", "did you mean KD.SCHEDULE.DECAY"],
+        ),
+        (["train.amp.enabled=True"], ["SOLVER.AMP.PRECISION is 'fp16'", "cpu"]),
         (
             ["dataloader.train.mapper.image_format=BGR"],
             ["dataloader.train.mapper.image_format is BGR but model.input_format is RGB"],
         ),
         (
             ["dataloader.train.dataset.names=lazy_shape"],
-            ["'lazy_shape'", "lazy_shapes?", "DATASETS.TRAIN is dataloader.train.dataset.names"],
+            ["'lazy_shape'", "lazy_shapes?", "DATASETS.TRAIN"],
         ),
         (
             ["model.roi_heads.num_classes=9", "model.teacher.opts.1=9"],
-            ["lazy_shapes", "NUM_CLASSES is 9", "is model.roi_heads.num_classes"],
+            ["lazy_shapes", "NUM_CLASSES is 9"],
         ),
         (
             ["dataloader.train.total_batch_size=0"],
-            ["IMS_PER_BATCH is 0 for 1 processes", "is dataloader.train.total_batch_size"],
+            ["IMS_PER_BATCH is 0 for 1 processes"],
         ),
     ],
 )
-def test_wrong_input_is_answered_in_the_keys_of_a_lazy_config(
-    config_with_data, capsys, opts, words
-):
+def test_wrong_input_is_refused(config_with_data, capsys, opts, words):
     path, output = config_with_data
     refused(capsys, path, opts, words)
     assert not os.path.isfile(output / "last_checkpoint")
@@ -294,10 +296,9 @@ def test_pixel_statistics_corrupt_and_missing_images_are_looked_at(
     assert main(["--config-file", path, "model.pixel_mean=[0.485,0.456,0.406]"]) == 1
     said = capsys.readouterr()
     assert "MODEL.PIXEL_MEAN [0.485, 0.456, 0.406] and" in said.out
-    assert "MODEL.PIXEL_MEAN is model.pixel_mean" in said.out
-    assert "cannot use image" in said.err and "is train.max_corrupt_images" in said.err
+    assert "cannot use image" in said.err
     images[0].unlink()
-    words = ["'lazy_shapes'", "1 of 5 images", images[0].name, "dataloader.train.dataset.names"]
+    words = ["'lazy_shapes'", "1 of 5 images", images[0].name]
     refused(capsys, path, [], words)
 
 
@@ -310,14 +311,13 @@ def test_classes_of_the_teacher_in_another_order_are_refused(config_with_data, c
     entry = [["theirs", str(tmp_path / "theirs.json"), "images"]]
     write_tiny_teacher(tmp_path, ["DATASETS.COCO_FORMAT", entry, "DATASETS.TRAIN", ("theirs",)])
     words = ["class 0 is 'disc'", f"'{SYNTHETIC_CLASSES[-1]}'"]
-    words += ["model.teacher.config_file", "model.teacher.opts"]
     refused(capsys, path, [], words)
 
 
 def test_folder_that_holds_another_run_is_refused(config, capsys, tmp_path):
     path, output = config
     assert main(["--config-file", path, "train.max_iter=1"]) == 0
-    refused(capsys, path, [], ["train.output_dir", "already holds a run", "--resume"])
+    refused(capsys, path, [], ["OUTPUT_DIR", "already holds a run", "--resume"])
     before = (output / "config.yaml").read_text()
     opts = ["--resume", "model.roi_heads.box_head.fc_dims=[48]", "optimizer.lr=0.1"]
     words = ["model.roi_heads.box_head.fc_dims was [40] and is [48]", "another run"]
@@ -345,14 +345,6 @@ def test_file_that_is_no_lazy_config_is_refused(config, capsys, tmp_path):
         main(["--config-file", str(tmp_path / "broken.py"), "--debug"])
 
 
-def test_message_about_yaml_keys_gives_their_names_in_a_lazy_config():
-    assert to_lazy_keys("KD.TEACHER.WEIGHTS 'x' in OUTPUT_DIR") == (
-        "KD.TEACHER.WEIGHTS 'x' in OUTPUT_DIR (in a LazyConfig KD.TEACHER.WEIGHTS is "
-        "model.teacher.weights, OUTPUT_DIR is train.output_dir)"
-    )
-    assert to_lazy_keys("model.teacher is wrong") == "model.teacher is wrong"
-
-
 def test_model_that_tells_nothing_of_itself_is_no_error():
     model = torch.nn.Linear(1, 1)
     describe_model(yaml_view := as_yaml(LazyConfig.load(str(EXAMPLE))), model)
@@ -370,7 +362,6 @@ def test_distillers_that_do_not_fit_are_refused(config, capsys):
     assert main(["--config-file", path, *opts]) == 2
     said = capsys.readouterr().err
     assert "MODEL.ROI_HEADS.NUM_CLASSES is 4 for the student and 3 for the teacher" in said
-    assert "MODEL.ROI_HEADS.NUM_CLASSES is model.roi_heads.num_classes" in said
     assert not os.path.isfile(output / "model_final.pth")
 
 

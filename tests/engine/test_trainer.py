@@ -46,7 +46,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset):
     expected, actual = weights(straight), weights(broken)
     for name, tensor in expected["model"].items():
         assert torch.equal(tensor, actual["model"][name]), name
-    assert losses_by_iteration(broken)[5] == losses_by_iteration(straight)[5]
     momentum = expected["trainer"]["_trainer"]["optimizer"]["state"]
     for key, state in momentum.items():
         other = actual["trainer"]["_trainer"]["optimizer"]["state"][key]["momentum_buffer"]

@@ -283,11 +283,11 @@ CASES = {
         ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "fp16"],
         ["SOLVER.AMP.PRECISION is 'fp16'", "cpu", "bf16"],
     ),
-    "accumulation": (["SOLVER.ACCUMULATE_STEPS", 0], ["SOLVER.ACCUMULATE_STEPS is 0"]),
     "checkpoints": (
         ["SOLVER.CHECKPOINT_MAX_TO_KEEP", -1],
         ["SOLVER.CHECKPOINT_MAX_TO_KEEP is -1"],
     ),
+    "accumulation": (["SOLVER.ACCUMULATE_STEPS", 0], ["SOLVER.ACCUMULATE_STEPS is 0"]),
     "batch": (["SOLVER.IMS_PER_BATCH", 0], ["SOLVER.IMS_PER_BATCH is 0"]),
     "sampler": (["DATALOADER.SAMPLER_TRAIN", "Random"], ["DATALOADER.SAMPLER_TRAIN is 'Random'"]),
     "no such dataset": (["DATASETS.TRAIN", ("shaps",)], ["DATASETS.TRAIN", "did you mean shapes"]),

@@ -14,6 +14,7 @@ from tiny import distilled_cfg, every_distiller_cfg, tiny_batch, tiny_cfg, write
 from kd_detectron.distillers import Distiller
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling import DistilledRCNN, FrozenTeacher
+from kd_detectron.modeling.frozen_teacher import FrozenTeacherStep
 
 
 def train_step(model, batch, seed=3):
@@ -475,7 +476,9 @@ def test_matching_teacher_checkpoint_is_loaded(tmp_path):
     teacher = build(cfg).teacher
     assert teacher.model.proposal_generator is None
     batch, trained = tiny_batch(), FrozenTeacher(trained, "BGR")
-    expected, actual = trained.features(batch, "BGR"), teacher.features(batch, "BGR")
+    expected, actual = (
+        FrozenTeacherStep(one, batch, "BGR", None).features() for one in (trained, teacher)
+    )
     for level in expected:
         largest = expected[level].abs().max().item()
         torch.testing.assert_close(actual[level], expected[level], rtol=0, atol=1e-4 * largest)
