@@ -25,3 +25,9 @@ def test_deprecations_inside_detectron2_are_not_shown_and_others_are():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     (line,) = [line for line in done.stderr.splitlines() if "Warning" in line]
     assert line.endswith("UserWarning: own")
+
+
+def test_the_training_command_is_a_module_that_studies_start():
+    command = [sys.executable, "-m", "kd_detectron.engine.main", "--config-file", "nosuch.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nosuch.yaml" in done.stderr

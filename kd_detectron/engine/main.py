@@ -11,6 +11,7 @@ Processes and exit codes are those of ``launch.py``.
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -167,3 +168,7 @@ def evaluate_teacher(cfg: CfgNode) -> dict:
     teacher_cfg.INPUT.FORMAT = input_format
     teacher_cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "teacher")
     return DistillationTrainer.test(teacher_cfg, model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

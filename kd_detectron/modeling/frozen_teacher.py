@@ -187,13 +187,13 @@ class FrozenTeacherStep:
         teacher: what runs.
         batched_inputs: the student's images.
         student_format: the student's ``INPUT.FORMAT``.
-        taps: the boxes that the student's heads were given.
+        taps: the boxes that the student's heads were given; None where no head is run.
     """
 
     teacher: FrozenTeacher
     batched_inputs: list[dict]
     student_format: str
-    taps: StudentTaps
+    taps: StudentTaps | None = None
 
     def features(self) -> dict[str, torch.Tensor]:
         teacher = self.teacher

@@ -25,6 +25,7 @@ from kd_detectron.context import half_precision
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.modeling.frozen_teacher import FrozenTeacherStep
 from kd_detectron.modeling.precision import PRECISIONS
 from kd_detectron.profiling.benchmark import (
     Step,
@@ -148,7 +149,7 @@ def teacher_autocast(model: nn.Module, batch: list[dict]) -> None:
     """``KD.TEACHER.AMP`` runs the teacher of a float32 student in half precision on CUDA only."""
     teacher, dtypes = model.teacher, []
     for teacher.amp in (True, False):
-        features = teacher.features(batch, teacher.input_format)
+        features = FrozenTeacherStep(teacher, batch, teacher.input_format).features()
         dtypes.append(next(iter(features.values())).dtype)
     half = teacher.model.pixel_mean.is_cuda
     if (dtypes[0] is not torch.float32) != half or dtypes[1] is not torch.float32:

@@ -1,5 +1,7 @@
 """The teacher, folded, is the plain teacher: same outputs, checkpoint checked before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
@@ -9,6 +11,7 @@ from torch import nn
 
 from kd_detectron.modeling import FrozenTeacher
 from kd_detectron.modeling.fold import fold_batch_norm
+from kd_detectron.modeling.frozen_teacher import FrozenTeacherStep
 from kd_detectron.modeling.teacher_loading import build_teacher_model, teacher_config
 
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
@@ -48,13 +51,14 @@ def test_folded_teacher_gives_the_plain_teachers_outputs(tmp_path, norm):
     assert any(isinstance(module, NORMS) for module in plain.model.modules())
     assert not any(isinstance(module, NORMS) for module in folded.model.modules())
     batch = tiny_batch()
-    boxes = [x["instances"].gt_boxes for x in batch]
-    expected, actual = plain.features(batch, "BGR"), folded.features(batch, "BGR")
+    taps = SimpleNamespace(proposal_boxes=[x["instances"].gt_boxes for x in batch])
+    plain, folded = (FrozenTeacherStep(x, batch, "BGR", taps) for x in (plain, folded))
+    expected, actual = plain.features(), folded.features()
     assert list(actual) == list(expected)
     for level in expected:
         assert relative_error(actual[level], expected[level]) < 1e-4
         assert actual[level].is_contiguous()
-    expected, actual = plain.box_features(expected, boxes), folded.box_features(actual, boxes)
+    expected, actual = plain.box_features(expected), folded.box_features(actual)
     assert relative_error(actual, expected) < 1e-4
     expected, actual = plain.box_predictions(expected), folded.box_predictions(actual)
     for one, other in zip(actual, expected, strict=True):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from detectron2 import model_zoo
 from omegaconf import OmegaConf
 from tiny import distilled_cfg, write_tiny_teacher
 
@@ -60,5 +61,7 @@ def test_check_says_which_parts_are_inherited_where_nothing_is_distilled(tmp_pat
 
 
 def test_images_that_a_lazy_config_may_skip_are_no_fault_of_its_data():
-    cfg = {"train": {"output_dir": "out", "max_corrupt_images": 3}, "dataloader": {}, "model": {}}
-    assert as_yaml(OmegaConf.create(cfg)).DATALOADER.MAX_CORRUPT_IMAGES == 3
+    train = model_zoo.get_config("common/train.py").train
+    train.max_corrupt_images = 3
+    cfg = OmegaConf.create({"train": train, "dataloader": {}, "model": {}})
+    assert as_yaml(cfg).DATALOADER.MAX_CORRUPT_IMAGES == 3
