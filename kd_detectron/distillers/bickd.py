@@ -8,7 +8,7 @@ logits, (R, K+1), are of the student's R sampled proposals. KD is part of it: do
 from kd_detectron.losses import bickd_loss
 from kd_detectron.losses.bickd import check_form
 
-from .arguments import check_number
+from .argument_checks import check_number
 from .base import DISTILLER_REGISTRY, Distiller
 
 

@@ -8,7 +8,7 @@ both models must code boxes with the same weights.
 from kd_detectron.errors import ConfigError
 from kd_detectron.losses import box_kd_loss
 
-from .arguments import check_number
+from .argument_checks import check_number
 from .base import DISTILLER_REGISTRY, Distiller
 
 

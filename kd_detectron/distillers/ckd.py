@@ -8,7 +8,7 @@ batch, background ones included; the maths and its differences are in ``kd_detec
 from kd_detectron.losses import ckd_loss
 from kd_detectron.losses.ckd import check_triple
 
-from .arguments import check_number, check_whole_number
+from .argument_checks import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
 
 

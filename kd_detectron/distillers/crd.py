@@ -7,7 +7,7 @@ linear embedding per model. In-batch: there is no memory bank.
 
 from kd_detectron.losses import crd_loss
 
-from .arguments import check_number, check_whole_number
+from .argument_checks import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
 from .embedding import Embedding, box_channels
 

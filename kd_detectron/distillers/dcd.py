@@ -10,7 +10,7 @@ from torch import nn
 
 from kd_detectron.losses import dcd_loss
 
-from .arguments import check_number, check_whole_number
+from .argument_checks import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
 from .embedding import Embedding, box_channels
 

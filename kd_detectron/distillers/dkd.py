@@ -7,7 +7,7 @@ are (R, K+1) of the same R proposals.
 
 from kd_detectron.losses import dkd_loss
 
-from .arguments import check_number
+from .argument_checks import check_number
 from .base import DISTILLER_REGISTRY, Distiller
 
 

@@ -19,7 +19,7 @@ import torch
 from kd_detectron.losses import fgfi_loss, fgfi_mask
 
 from .adapters import LevelAdapters
-from .arguments import check_number, level_channels
+from .argument_checks import check_number, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
 
 

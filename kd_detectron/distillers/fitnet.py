@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kd_detectron.losses import fitnet_loss
 
 from .adapters import LevelAdapters
-from .arguments import check_same_channels, level_channels
+from .argument_checks import check_same_channels, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
 
 

@@ -7,7 +7,7 @@ code behind the published KD rows was never released; see ``docs/methods.md`` fo
 
 from kd_detectron.losses import kd_loss
 
-from .arguments import check_number
+from .argument_checks import check_number
 from .base import DISTILLER_REGISTRY, Distiller
 
 

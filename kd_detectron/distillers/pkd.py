@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from kd_detectron.errors import ConfigError
 from kd_detectron.losses import pkd_loss
 
-from .arguments import check_same_channels, check_whole_number, level_channels
+from .argument_checks import check_same_channels, check_whole_number, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
 
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_detectron.losses import hcl_loss
 
-from .arguments import check_whole_number, level_channels
+from .argument_checks import check_whole_number, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
 
 

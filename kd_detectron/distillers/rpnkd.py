@@ -10,7 +10,7 @@ import torch
 from kd_detectron.errors import ConfigError
 from kd_detectron.losses import rpn_kd_loss
 
-from .arguments import check_number
+from .argument_checks import check_number
 from .base import DISTILLER_REGISTRY, Distiller
 
 

@@ -7,7 +7,7 @@ proposals go through a linear embedding. In-batch: there is no memory bank.
 
 from kd_detectron.losses import supcon_loss
 
-from .arguments import check_number, check_whole_number
+from .argument_checks import check_number, check_whole_number
 from .base import DISTILLER_REGISTRY, Distiller
 from .embedding import Embedding, box_channels
 

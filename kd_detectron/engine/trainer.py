@@ -39,7 +39,6 @@ from kd_detectron.preflight.evaluation import evaluator_type
 from kd_detectron.runs.files import forget_metrics_from, is_finished
 
 from .hooks import (
-    DistillationSchedule,
     ExportStudent,
     KeepBest,
     StepSeed,
@@ -47,6 +46,7 @@ from .hooks import (
     TeacherGuard,
     WriteResult,
 )
+from .schedule import DistillationSchedule
 from .train_loop import DistillationTrainLoop
 from .weight_average import WeightAverage
 

@@ -100,6 +100,7 @@ class DistillationMixin:
         requires = self.requires if self.distillation_factor else frozenset()
         with StudentTaps(self, requires) as taps:
             losses = super().forward(batched_inputs)
+        # The teacher runs where a distiller reads what it computes.
         return losses | self.distillation_losses(self._context(taps, batched_inputs), losses)
 
     def _context(self, taps: StudentTaps, batched_inputs: list[dict]) -> DistillationContext:

@@ -28,6 +28,7 @@ from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.runs import files
+from kd_detectron.runs.same_run import compare_with_run
 
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
@@ -275,6 +276,13 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     model = build_model(options, len(data.class_names))
     folder.mkdir(parents=True, exist_ok=True)
     config = options.config(len(data.class_names))
+    # With another teacher, or other data, the run would be a mixture of two.
+    compare_with_run(
+        str(folder),
+        files.flatten(config),
+        identity=("ENGINE", "MODEL.", "KD.", "DATASETS.TRAIN"),
+        may_change=("MODEL.WEIGHTS",),
+    )
     with atomic_open(folder / files.CONFIG, "w") as file:
         yaml.safe_dump(config, file, sort_keys=False)
     checkpoint = folder / LAST_CHECKPOINT

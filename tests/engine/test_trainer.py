@@ -15,8 +15,8 @@ from tiny import tiny_cfg
 from tiny_training import run_cfg, train
 
 from kd_detectron.engine import DistillationTrainer
-from kd_detectron.engine.hooks import schedule_factor
 from kd_detectron.engine.main import main
+from kd_detectron.engine.schedule import schedule_factor
 from kd_detectron.errors import NonFiniteLossError
 
 TRAIN_NET = str(Path(__file__).parents[2] / "tools" / "train_net.py")

@@ -5,8 +5,8 @@ from detectron2.modeling import build_model
 from tiny import distilled_cfg, tiny_cfg
 
 from kd_detectron.distillers import ModelSpec, build_distiller
-from kd_detectron.engine.hooks import DistillationSchedule
 from kd_detectron.engine.main import main
+from kd_detectron.engine.schedule import DistillationSchedule
 from kd_detectron.errors import ConfigError
 from kd_detectron.preflight.config import check_meta_architecture
 

@@ -241,3 +241,14 @@ def test_short_names():
     assert short_name("fasterrcnn_mobilenet_v3_large_320_fpn") == "MV3"
     assert short_name("fasterrcnn_mobilenet_v2_fpn", {"network": {"width_mult": 0.5}}) == "MV2x0.5"
     assert short_name("retinanet_regnet_y_400mf_fpn") == "regnet_y_400mf"
+
+
+def test_a_run_is_not_resumed_as_another_one(runs, tiny_data, tmp_path):  # noqa: F811
+    train(options(tiny_data, tmp_path, iterations=2))
+    (tmp_path / "result.json").unlink()
+    other = options(
+        tiny_data, tmp_path, iterations=4, distillers={"PKD": {}}, teacher_run=str(runs / "teacher")
+    )
+    with pytest.raises(ConfigError, match="holds another run.*KD.DISTILLERS"):
+        train(other)
+    train(options(tiny_data, tmp_path, iterations=4))
