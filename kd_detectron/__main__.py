@@ -24,7 +24,18 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in COMMANDS:
-        return importlib.import_module(COMMANDS[name]).main(rest)
+        try:
+            command = importlib.import_module(COMMANDS[name])
+        except ModuleNotFoundError as error:
+            if not (error.name or "").startswith("detectron2"):
+                raise
+            print(
+                f"error: '{name}' needs Detectron2, which is not installed in {sys.prefix}; "
+                "train_torchvision needs none",
+                file=sys.stderr,
+            )
+            return 2
+        return command.main(rest)
     print(f"python -m kd_detectron COMMAND [--help], one of: {', '.join(COMMANDS)}")
     return 0 if name in ("-h", "--help") else 2
 

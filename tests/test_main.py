@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import detectron2  # noqa: F401  most commands need it
 import pytest
 
 from kd_detectron.__main__ import COMMANDS, main
@@ -11,6 +12,13 @@ from kd_detectron.__main__ import COMMANDS, main
 def test_unknown_command_is_answered_with_the_known_ones(capsys):
     assert (main([]), main(["trian"])) == (0, 2)
     assert capsys.readouterr().out.count(", ".join(COMMANDS)) == 2
+
+
+def test_without_detectron2_a_command_says_so_in_one_sentence(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "detectron2.config", None)
+    monkeypatch.delitem(sys.modules, "kd_detectron.engine.main", raising=False)
+    assert main(["train"]) == 2
+    assert "'train' needs Detectron2, which is not installed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
