@@ -14,7 +14,7 @@ from tiny import MAIN_ROWS, distilled_cfg
 
 from kd_detectron import add_kd_config, get_config
 from kd_detectron.config import config_dir, find_config, list_configs, load_run_config
-from kd_detectron.distillers import DISTILLER_REGISTRY, Distiller
+from kd_detectron.distillers import CKD, DISTILLER_REGISTRY, KD, Distiller
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling import DistilledRCNN
 from kd_detectron.modeling.build import check_weights
@@ -329,9 +329,11 @@ def test_teacher_without_distillers_is_said_to_teach_nothing(tmp_path, caplog):
 
 
 def test_weights_given_in_code_are_checked():
-    assert check_weights({"CKD": 0.1}, ["CKD", "KD"]) == {"CKD": 0.1, "KD": 1.0}
+    distillers = {"CKD": CKD(), "KD": KD()}
+    assert check_weights({"CKD": 0.5}, distillers) == {"CKD": 0.5, "KD": 1.0}
+    assert check_weights({}, distillers) == {"CKD": CKD.default_weight, "KD": 1.0}
     with pytest.raises(ConfigError, match="distillation_weights names 'ckd', .*did you mean CKD"):
-        check_weights({"ckd": 0.1}, ["CKD"])
+        check_weights({"ckd": 0.1}, distillers)
     for weight in (float("nan"), -1, "1"):
         with pytest.raises(ConfigError, match=r"distillation_weights\['CKD'\] is "):
-            check_weights({"CKD": weight}, ["CKD"])
+            check_weights({"CKD": weight}, distillers)

@@ -6,7 +6,7 @@ plain one under the same seed.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import SimpleNamespace
 
 import torch
@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 
 from kd_detectron.distillers import (
     DISTILLER_REGISTRY,
+    Distiller,
     build_distiller,
     check_weight,
     find_distiller,
@@ -101,12 +102,14 @@ def weight_and_options(cfg: CfgNode, name: str) -> tuple[float, dict]:
     return check_weight(f"KD.{name.upper()}.WEIGHT", weight), options
 
 
-def check_weights(weights: Mapping[str, float], distillers: Collection[str]) -> dict[str, float]:
-    """Weights by distiller as a meta-architecture is given them; 1 where absent.
+def check_weights(
+    weights: Mapping[str, float], distillers: Mapping[str, Distiller]
+) -> dict[str, float]:
+    """Weights by distiller as a meta-architecture is given them; its default where absent.
 
     Args:
         weights: the argument ``distillation_weights``.
-        distillers: names of the distillers.
+        distillers: the distillers by name.
 
     Raises:
         ConfigError: a name is that of no distiller of the model, or a weight cannot be used.
@@ -118,4 +121,4 @@ def check_weights(weights: Mapping[str, float], distillers: Collection[str]) -> 
                 f"{did_you_mean(name, distillers)}"
             )
         check_weight(f"distillation_weights['{name}']", weight)
-    return {name: float(weights.get(name, 1.0)) for name in distillers}
+    return {name: float(weights.get(name, x.default_weight)) for name, x in distillers.items()}

@@ -60,7 +60,8 @@ class DistillationMixin:
         Args:
             teacher: the frozen teacher; None with no distillers.
             distillers: distillers by name, or a list of them, each called as its class.
-            distillation_weights: loss weight by distiller name, 1 where absent.
+            distillation_weights: loss weight by distiller name, its ``default_weight`` where
+                absent.
             inherited: names of the student's tensors that were copied from the teacher.
             student: the arguments of the detector class.
         """
