@@ -3,7 +3,7 @@
 A checkpoint is written to ``.<name>.<process id>.partial`` in the folder it belongs to, flushed to
 the disk, and renamed to its name. A failed write (disk full, quota, a signal) removes the temporary
 file and leaves whatever stood under that name before; a killed process leaves its temporary file
-behind, which :func:`remove_unfinished_files` removes when the training goes on.
+behind, which :func:`remove_unfinished_files` removes when the training is resumed.
 Tests: ``tests/checkpoint/test_checkpointer.py``.
 """
 

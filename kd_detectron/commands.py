@@ -15,7 +15,7 @@ from kd_detectron.errors import ConfigError
 FAILED_EXIT_CODE = 1
 # The user's mistake, said in one sentence; nothing was trained.
 USER_ERROR_EXIT_CODE = 2
-# EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint written; --resume goes on.
+# EX_TEMPFAIL of sysexits.h: stopped by a signal with a checkpoint written; --resume continues.
 INTERRUPTED_EXIT_CODE = 75
 
 

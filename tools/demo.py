@@ -3,7 +3,7 @@
 
 tools/demo.py [--output output/demo]
 
-Stopped at any moment, the same command goes on from there.
+Stopped at any moment, the same command continues.
 """
 
 import sys

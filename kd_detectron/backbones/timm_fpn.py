@@ -3,7 +3,7 @@
 ``MODEL.TIMM.NAME`` is a name of ``timm.list_models()`` whose network takes images of any size and
 returns feature maps at the strides that ``MODEL.FPN.IN_FEATURES`` asks for (res2: 4, res3: 8, res4:
 16, res5: 32); of several maps at one stride the last is taken. timm is optional
-(``pip install kd_detectron[timm]``).
+(``pip install timm``).
 
 timm's weights are read when the model is built, but not where ``MODEL.WEIGHTS`` names a checkpoint
 that replaces them (evaluation, fine-tuning). ``MODEL.RESNETS.NORM`` says what becomes of the
@@ -70,8 +70,7 @@ def _create(name: str, *, pretrained: bool = False, **options) -> nn.Module:
         import timm
     except ImportError as error:
         raise ConfigError(
-            "MODEL.BACKBONE.NAME is a timm backbone but timm is not installed: pip install"
-            " kd_detectron[timm]"
+            "MODEL.BACKBONE.NAME is a timm backbone but timm is not installed: pip install timm"
         ) from error
     architecture = name.split(".")[0]  # "resnet18.a1_in1k" names the weights as well
     if not timm.is_model(architecture):

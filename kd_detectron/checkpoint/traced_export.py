@@ -81,7 +81,7 @@ def export_onnx(
     except ImportError as error:
         raise ConfigError(
             f"--format onnx needs a package that is not installed ({error.name}): pip install"
-            " kd_detectron[onnx]"
+            " onnx onnxruntime"
         ) from error
     adapter, pixels, expected, facts = _ready_to_trace(find_checkpoint(src, checkpoint), image, cfg)
     names = [*sorted(expected.get_fields()), "image_size"]

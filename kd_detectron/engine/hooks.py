@@ -255,7 +255,7 @@ class StopOnSignal(HookBase):
 
 
 class Interrupted(SystemExit):
-    """Training stopped on a signal with a checkpoint written; ``--resume`` goes on.
+    """Training stopped on a signal with a checkpoint written; ``--resume`` continues it.
 
     A ``SystemExit``: the process ends without a traceback, with :data:`INTERRUPTED_EXIT_CODE`.
     """

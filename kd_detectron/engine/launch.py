@@ -40,7 +40,7 @@ def start(args, run: Callable) -> int:
             return error.exit_code
         print(
             f"error: process {error.error_index} was ended by {error.signal_name}, and the others "
-            "with it; the last checkpoint is intact, --resume goes on",
+            "with it; the last checkpoint is intact, --resume continues the run",
             file=sys.stderr,
         )
         return FAILED_EXIT_CODE

@@ -107,7 +107,7 @@ def prepare_folder(
         cfg: the run's config.
         yaml_view: the same as a YAML config.
         training: whether it is a training; an evaluation leaves the run's ``config.yaml``.
-        check_same: compares ``cfg`` with the run that ``--resume`` goes on with.
+        check_same: compares ``cfg`` with the run that ``--resume`` continues.
     """
     folder = Path(yaml_view.OUTPUT_DIR)
     check_output_dir(yaml_view, resume=args.resume, training=training)

@@ -100,7 +100,7 @@ class DistillationTrainer(DefaultTrainer):
         """As Detectron2's, which follows ``SOLVER.REFERENCE_WORLD_SIZE``, for this project's keys.
 
         The iterations of ``KD.SCHEDULE`` are scaled like ``SOLVER.MAX_ITER``, and ``SOLVER.EMA``
-        goes on averaging over as many images.
+        averages over the same number of images.
         """
         scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
         if scaled is cfg:
@@ -117,7 +117,7 @@ class DistillationTrainer(DefaultTrainer):
     def resume_or_load(self, resume: bool = True) -> None:
         """Loads the last checkpoint of ``OUTPUT_DIR`` (if ``resume``) or ``MODEL.WEIGHTS``.
 
-        A resumed run goes on with weights, optimizer, schedule, iteration, distiller parameters,
+        A resumed run continues with weights, optimizer, schedule, iteration, distiller parameters,
         seed and data order of the interrupted one.
 
         Raises:

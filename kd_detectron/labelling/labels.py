@@ -5,7 +5,7 @@ threshold as annotations: boxes, and masks (RLE) where the detector has a mask h
 score. The images are resized and ordered in channels as the teacher was trained to see them.
 
 Until all images are done, each is one line of ``<output>.partial``, from which an interrupted run
-goes on. Images that cannot be read are reported and left out.
+continues. Images that cannot be read are reported and left out.
 """
 
 import json

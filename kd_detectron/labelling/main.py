@@ -7,7 +7,7 @@
 
 The second takes the teacher from KD.TEACHER of a config. Boxes are written, and masks (RLE: train
 with INPUT.MASK_FORMAT bitmask) where the teacher has a mask head, each with its score. The same
-command goes on after an interruption.
+command continues after an interruption.
 """
 
 import argparse

@@ -138,7 +138,7 @@ def _full_matrix_contrast(
 
 
 class _BlockwiseContrast(torch.autograd.Function):
-    """The losses of all rows of one group, a block of rows at a time: three (R, D) to (R,).
+    """The losses of all rows of one group, in blocks of rows: takes three (R, D), returns (R,).
 
     Only each row's log-sum-exp is kept for the backward pass, which computes the similarities
     again: one more matrix product, and no (R, R) matrix in either pass.

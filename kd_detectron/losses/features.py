@@ -5,8 +5,8 @@ Sources: "Distilling Knowledge via Knowledge Review" (ReviewKD, CVPR 2021, arXiv
 (FGFI, CVPR 2019, arXiv 1906.03609); "PKD: General Distillation Framework for Object Detectors via
 Pearson Correlation Coefficient", NeurIPS 2022, arXiv 2207.02039.
 
-Shapes: N images, C channels; one (N, C, H, W) map a level, fine to coarse; A anchors a location,
-G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's channels by
+Shapes: N images, C channels; one (N, C, H, W) map per level, fine to coarse; A anchors per
+location, G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's channels by
 the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``; ``PKD`` compares them as they are.
 
 Difference from FGFI's single-map release: the mask and the loss are taken level by level, each
@@ -100,7 +100,7 @@ def fgfi_mask(
         (height, width) bool.
 
     Raises:
-        ValueError: the anchors are not a whole number a location.
+        ValueError: the number of anchors is no multiple of the number of locations.
     """
     if len(anchors) == 0 or len(anchors) % (height * width) != 0:
         raise ValueError(

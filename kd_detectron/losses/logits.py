@@ -59,7 +59,7 @@ def dkd_loss(
         student_logits, teacher_logits: (R, K+1). The teacher's are detached.
         targets: (R,) assigned class of each proposal, K = background.
         alpha: weight of TCKD.
-        beta: weight of NCKD, one number or (R,), one a proposal.
+        beta: weight of NCKD, one number, or (R,), one per proposal.
         temperature: T > 0, softens all distributions.
 
     Returns:

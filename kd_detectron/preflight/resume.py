@@ -50,7 +50,7 @@ def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:
 
 
 def check_same_run(cfg: CfgNode) -> list[str]:
-    """Compares the config with that of the run in ``OUTPUT_DIR`` which ``--resume`` goes on with.
+    """Compares the config with that of the run in ``OUTPUT_DIR`` which ``--resume`` continues.
 
     Model, distillation and training data may not change, except for the device, ``MODEL.WEIGHTS``
     (not read by a resumed run), ``KD.SCHEDULE`` and the weights of distillers. Keys that only one

@@ -1,4 +1,4 @@
-"""Whether a config is that of the run in a folder, which a resumed training goes on with."""
+"""Whether a config is that of the run in a folder, which a resumed training continues."""
 
 import logging
 import os
@@ -50,7 +50,7 @@ def compare_with_run(
             + os.path.join(output_dir, CONFIG)
         )
     if allowed:
-        logger.warning("--resume goes on with changed keys: %s", "; ".join(allowed))
+        logger.warning("--resume continues with changed keys: %s", "; ".join(allowed))
     return allowed
 
 

@@ -4,7 +4,7 @@ Makes a synthetic COCO-format dataset, trains a teacher, then for the same numbe
 small student as a baseline and the same student distilled, evaluates all by COCO AP, prints one
 table and writes pictures. With Detectron2 it is the study ``configs/studies/demo.yaml``, with
 torchvision's detectors the runs of ``kd_detectron/torchvision/demo.yaml``; stopped at any moment,
-the same command goes on from there.
+the same command continues.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return exit_code(lambda: run_demo(output, data, iterations=args.iterations))
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the last checkpoint")
+            print("interrupted; the same command continues from the last checkpoint")
             return INTERRUPTED_EXIT_CODE
     from kd_detectron.studies import study
 

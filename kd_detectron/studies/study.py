@@ -55,7 +55,7 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
         imports: what each training is given as ``--import``.
 
     Raises:
-        KeyboardInterrupt: the current runs wrote their checkpoints; the same command goes on.
+        KeyboardInterrupt: the current runs wrote their checkpoints; the same command continues.
     """
     todo = [run for run in study.runs if not run.finished]
     active: list[_ActiveRun] = []
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command continues from here", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE
     if failed:
         names = ", ".join(str(run.folder) for run in failed)

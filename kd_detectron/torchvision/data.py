@@ -97,7 +97,7 @@ def trainable(target: dict) -> dict:
 class BatchesByIteration(Sampler):
     """The batches of a whole training as a function of seed and iteration.
 
-    A resumed training goes on with the batch after its last one.
+    A resumed training continues with the batch after its last one.
 
     Args:
         length: images of the data set.

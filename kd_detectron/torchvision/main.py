@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"training needs {error.name}, which is not installed; pip install "
-                "'kd_detectron[torchvision]'"
+                "lightning==2.6.6 torchmetrics==1.9.0"
             ) from error
         for task, scores in train(options, resume=args.resume).items():
             print(task, ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
@@ -115,5 +115,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}")
         return FAILED_EXIT_CODE
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume goes on from the last checkpoint")
+        print("interrupted; the same command with --resume continues from the last checkpoint")
         return INTERRUPTED_EXIT_CODE

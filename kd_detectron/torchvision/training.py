@@ -244,7 +244,7 @@ class RunFolder(Callback):
 
 
 def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[str, float]]:
-    """Trains and evaluates; goes on from the folder's last checkpoint where there is one.
+    """Trains and evaluates; continues from the folder's last checkpoint where there is one.
 
     Args:
         options: of the training.

@@ -16,7 +16,7 @@ STRIDES = {"p2": 4, "p3": 8}
 
 
 def make_anchors(level):
-    """Two square anchors a location, of one and of two strides."""
+    """Two square anchors per location, of one and of two strides."""
     height, width = SIZES[level]
     stride = STRIDES[level]
     boxes = []

@@ -27,7 +27,7 @@ def pointwise(maps, weight):
 
 
 def neighbourhood(maps, weight):
-    """3x3 convolution with zeros around the map, one shifted copy a weight."""
+    """3x3 convolution with zeros around the map, one shifted copy per weight."""
     height, width = maps.shape[2:]
     padded = torch.zeros(*maps.shape[:2], height + 2, width + 2)
     padded[:, :, 1:-1, 1:-1] = maps

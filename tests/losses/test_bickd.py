@@ -60,7 +60,7 @@ def test_weight_zero_is_kd():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_bilateral_terms_are_least_where_classes_are_orthogonal_and_equal(form):
-    # One proposal a class, both models sure of it: columns are the same orthogonal axes.
+    # One proposal per class, both models sure of it: columns are the same orthogonal axes.
     sure = 50 * torch.eye(CLASSES)
     least = bickd_loss(sure, sure, form=form).item()
     floor = 2 * math.log1p((CLASSES - 1) * math.exp(-1 / 0.1)) if form == "contrastive" else 0.0
