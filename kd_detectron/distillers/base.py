@@ -1,7 +1,7 @@
 """The distiller: what a knowledge distillation method is to the rest of this project.
 
 A distiller is an ``nn.Module`` that is called once per training step with a
-:class:`~kd_detectron.modeling.DistillationContext` (what the student and the frozen teacher
+:class:`~kd_detectron.context.DistillationContext` (what the student and the frozen teacher
 computed in this step) and returns named losses, unweighted. The meta-architecture multiplies them
 by ``KD.<NAME>.WEIGHT`` and by the schedule, and adds them to the detector's own losses.
 

@@ -6,8 +6,8 @@ Sources: "Distilling Knowledge via Knowledge Review" (ReviewKD, CVPR 2021, arXiv
 Pearson Correlation Coefficient", NeurIPS 2022, arXiv 2207.02039.
 
 Shapes: N images, C channels; one (N, C, H, W) map per level, fine to coarse; A anchors per
-location, G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's channels by
-the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``; ``PKD`` compares them as they are.
+location, G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's
+channels by the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``; ``PKD`` compares them as they are.
 
 Difference from FGFI's single-map release: the mask and the loss are taken level by level, each
 with its own best anchors, and the levels' losses are added (``tests/losses/test_features.py``).

@@ -1,7 +1,7 @@
 """What a torchvision detector is made of: its parts, feature levels, widths and class count.
 
 Sizes are measured: one image of zeros is run through the backbone and one pooled box of zeros
-through the box head, in eval mode and without gradient.
+through the box head and the mask head, in eval mode and without gradient.
 """
 
 import contextlib
@@ -31,16 +31,22 @@ class Anatomy:
     Attributes:
         levels: the context's name of each feature level, in the backbone's order.
         spec: channels and strides by these names, class count, width of the box head.
+        anchors: sizes and aspect ratios by level name; every size has every ratio.
         anchors_per_location: A by level name.
         has_boxes: whether there are ROI heads (and an RPN).
-        has_masks: whether these have a mask head.
+        mask_size: pixels per side of the mask head's logits; None without a mask head.
     """
 
     levels: list[str]
     spec: ModelSpec
+    anchors: dict[str, tuple[tuple, tuple]]
     anchors_per_location: dict[str, int]
     has_boxes: bool
-    has_masks: bool
+    mask_size: int | None
+
+    @property
+    def has_masks(self) -> bool:
+        return self.mask_size is not None
 
 
 def read_anatomy(model: nn.Module, who: str) -> Anatomy:
@@ -64,13 +70,19 @@ def read_anatomy(model: nn.Module, who: str) -> Anatomy:
     with _measuring(model):
         zeros = parameter.new_zeros(1, 3, _MEASURED_SIZE, _MEASURED_SIZE)
         maps = features_of(model.backbone(zeros))
-        num_classes = box_channels = None
+        num_classes = box_channels = mask_size = None
         if has_boxes:
             heads = model.roi_heads
-            shape = (1, model.backbone.out_channels, *heads.box_roi_pool.output_size)
-            box_features = heads.box_head(parameter.new_zeros(shape))
+
+            def pooled(pool: nn.Module) -> torch.Tensor:
+                return parameter.new_zeros(1, model.backbone.out_channels, *pool.output_size)
+
+            box_features = heads.box_head(pooled(heads.box_roi_pool))
             box_channels = box_features.flatten(1).shape[1]
             num_classes = heads.box_predictor(box_features)[0].shape[1] - 1
+            if heads.has_mask():
+                masks = heads.mask_predictor(heads.mask_head(pooled(heads.mask_roi_pool)))
+                mask_size = masks.shape[-1]
     strides = [round(_MEASURED_SIZE / one.shape[-1]) for one in maps.values()]
     levels = level_names(strides)
     spec = ModelSpec(
@@ -79,13 +91,19 @@ def read_anatomy(model: nn.Module, who: str) -> Anatomy:
         num_classes=num_classes,
         box_channels=box_channels,
     )
-    anchors = anchor_generator_of(model).num_anchors_per_location()
+    generator = anchor_generator_of(model)
+    anchors = [
+        (tuple(sizes), tuple(ratios))
+        for sizes, ratios in zip(generator.sizes, generator.aspect_ratios, strict=True)
+    ]
+    counts = generator.num_anchors_per_location()
     return Anatomy(
         levels=levels,
         spec=spec,
-        anchors_per_location=dict(zip(levels, anchors, strict=True)),
+        anchors=dict(zip(levels, anchors, strict=True)),
+        anchors_per_location=dict(zip(levels, counts, strict=True)),
         has_boxes=has_boxes,
-        has_masks=has_boxes and model.roi_heads.has_mask(),
+        mask_size=mask_size,
     )
 
 

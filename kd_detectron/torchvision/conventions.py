@@ -26,12 +26,8 @@ def background_last_targets(labels: torch.Tensor, num_classes: int) -> torch.Ten
 
 
 def without_background(tensor: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Drops the background from (R, 4(K+1)) box deltas or (F, K+1, M, M) mask logits.
-
-    Class-agnostic ones, (R, 4) or (F, 1, M, M), stay as they are.
-    """
-    slots = num_classes + 1
-    return tensor[:, tensor.shape[1] // slots :] if tensor.shape[1] % slots == 0 else tensor
+    """Drops the background from (R, 4(K+1)) box deltas or (F, K+1, M, M) mask logits."""
+    return tensor[:, tensor.shape[1] // (num_classes + 1) :]
 
 
 def rows_of_anchors(maps: torch.Tensor, columns: int) -> torch.Tensor:

@@ -12,7 +12,8 @@ export it, save it.
 Legend: N images, R sampled proposals over the whole batch, K foreground classes.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -66,7 +67,7 @@ class DistilledDetector(nn.Module):
         teacher: nn.Module | None = None,
         distillers: Sequence[str | Distiller] | Mapping[str, float | Mapping] = (),
         *,
-        inherit: Sequence[str] = (),
+        inherit: str | Sequence[str] = (),
         teacher_amp: bool = True,
     ):
         """
@@ -85,6 +86,7 @@ class DistilledDetector(nn.Module):
         """
         super().__init__()
         options = _options_by_name(distillers)
+        inherit = [inherit] if isinstance(inherit, str) else inherit
         if (options or inherit) and teacher is None:
             raise ConfigError(
                 f"distillers {list(options)} and inherit {list(inherit)} are given but no teacher; "
@@ -178,13 +180,38 @@ class DistilledDetector(nn.Module):
         return [level for level in self._anatomy.levels if level in teacher]
 
     def _build(self, name: str, entry: Distiller | Mapping) -> Distiller:
-        requires = entry.requires if isinstance(entry, Distiller) else find_distiller(name).requires
-        _check_fits(name, requires, self._anatomy, self.teacher.anatomy, self._levels)
-        if isinstance(entry, Distiller):
-            return entry
-        options = {key: value for key, value in entry.items() if key.lower() != "weight"}
-        specs = [_of_levels(x.spec, self._levels) for x in (self._anatomy, self.teacher.anatomy)]
-        return build_distiller(name, options, *specs)
+        with _arguments_for_config_keys(name):
+            known = entry if isinstance(entry, Distiller) else find_distiller(name)
+            _check_fits(name, known.requires, self._anatomy, self.teacher.anatomy, self._levels)
+            if isinstance(entry, Distiller):
+                return entry
+            options = {key: value for key, value in entry.items() if key.lower() != "weight"}
+            anatomies = (self._anatomy, self.teacher.anatomy)
+            return build_distiller(
+                name, options, *(_of_levels(one.spec, self._levels) for one in anatomies)
+            )
+
+
+@contextlib.contextmanager
+def _arguments_for_config_keys(name: str) -> Iterator[None]:
+    """Errors of distillers name the config keys of Detectron2's files; here, what stands for them.
+
+    Args:
+        name: of the distiller.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        message, node = str(error), f"KD.{name.upper()}"
+        for key, argument in (
+            (f"{node}.", f"{name}'s "),
+            (node, name),
+            ("KD.DISTILLERS names", "distillers names"),
+            ("MODEL.FPN.OUT_CHANNELS", "out_channels of the FPN"),
+            ("tools/train_net.py --import FILE.py", "--import FILE.py"),
+        ):
+            message = message.replace(key, argument)
+        raise ConfigError(message) from error
 
 
 def _options_by_name(distillers) -> dict[str, Distiller | Mapping]:
@@ -244,11 +271,19 @@ def _check_fits(
             f"'{name}' compares feature levels of the same stride, but the student's strides are "
             f"{strides[0]} and the teacher's {strides[1]}; choose backbones that share a stride"
         )
-    anchors = [{x: a.anchors_per_location[x] for x in levels} for a in (student, teacher)]
-    if requires & _OF_RPN and anchors[0] != anchors[1]:
+    for level in levels if requires & _OF_RPN else ():
+        (sizes, ratios), (others, other_ratios) = student.anchors[level], teacher.anchors[level]
+        if (sizes, ratios) != (others, other_ratios):
+            raise ConfigError(
+                f"'{name}' compares anchor by anchor, but those of {level} have sizes {sizes} and "
+                f"aspect ratios {ratios} for the student, {others} and {other_ratios} for the "
+                "teacher; build both with the same anchor generator"
+            )
+    if "mask_logits" in requires and student.mask_size != teacher.mask_size:
         raise ConfigError(
-            f"'{name}' compares anchor by anchor, but the student has {anchors[0]} anchors per "
-            f"location and the teacher {anchors[1]}; build both with the same anchor generator"
+            f"'{name}' compares masks pixel by pixel, but they have {student.mask_size} pixels per "
+            f"side for the student and {teacher.mask_size} for the teacher; build both with the "
+            "same mask head"
         )
 
 

@@ -8,7 +8,7 @@ networks that has feature maps of strides 4 to 32 (``fasterrcnn_resnet18_fpn``,
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -18,6 +18,7 @@ from torch import nn
 from torchvision.models import detection
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from kd_detectron.errors import ConfigError, did_you_mean
@@ -28,12 +29,20 @@ _DETECTORS = {
     "retinanet": detection.RetinaNet,
     "fcos": detection.FCOS,
 }
+# Whose arguments each kind of detector takes.
+_CLASSES = {
+    "fasterrcnn": (detection.FasterRCNN,),
+    "maskrcnn": (detection.MaskRCNN, detection.FasterRCNN),
+    "keypointrcnn": (detection.KeypointRCNN, detection.FasterRCNN),
+    "retinanet": (detection.RetinaNet,),
+    "fcos": (detection.FCOS,),
+}
 _PIXELS = 64
 
 
 def build_detector(
     name: str,
-    num_classes: int,
+    num_classes: int | None,
     *,
     weights: str = "",
     backbone_weights: str = "",
@@ -43,9 +52,10 @@ def build_detector(
 
     Args:
         name: see above.
-        num_classes: K, without the background.
+        num_classes: K, without the background; None: that of torchvision's trained detector.
         weights: a checkpoint file, or a name of torchvision's for its trained detectors
-            ("COCO_V1"), which have 90 classes; empty: random weights.
+            ("COCO_V1"), which have 90 classes; empty: random weights. Where the BatchNorm of a file
+            was frozen (torchvision freezes it on pretrained backbones), it is frozen here too.
         backbone_weights: a name of torchvision's for the backbone ("IMAGENET1K_V1"); or empty.
         options: keyword arguments of the detector (``min_size``, ``box_batch_size_per_image``),
             and ``anchor_sizes``, one per level; for ``<detector>_<network>_fpn`` also
@@ -65,11 +75,12 @@ def build_detector(
     named = "" if Path(weights).is_file() else weights
     try:
         if name in known:
+            _check_options(name, options, torchvision.models.get_model_builder(name))
             model = torchvision.models.get_model(
                 name,
                 weights=named or None,
                 weights_backbone=backbone_weights or None,
-                num_classes=num_classes + 1,
+                num_classes=None if num_classes is None else num_classes + 1,
                 **options,
             )
         else:
@@ -100,6 +111,7 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
         first = str(error).splitlines()[0]
         raise ConfigError(f"the weights {path} of {name} cannot be read: {first}") from error
     state = state.get("model", state)
+    _freeze_batch_norm(model, state)
     own = model.state_dict()
     wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
     missing = [key for key in own if key not in state]
@@ -110,6 +122,15 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
             "options and the classes that they were trained with"
         )
     model.load_state_dict(state)
+
+
+def _freeze_batch_norm(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Freezes the BatchNorm layers of which the state has no count of batches, as it was saved."""
+    for name, layer in list(model.named_modules()):
+        counted = f"{name}.num_batches_tracked" in state
+        if isinstance(layer, nn.BatchNorm2d) and f"{name}.running_mean" in state and not counted:
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, FrozenBatchNorm2d(layer.num_features))
 
 
 def short_name(name: str, options: Mapping = {}) -> str:
@@ -132,14 +153,24 @@ def _with_network(
         near = [*known, *(f"fasterrcnn_{network}_fpn" for network in networks)]
         raise ConfigError(f"there is no torchvision detector '{name}'{did_you_mean(name, near)}")
     cls = _DETECTORS[found[1]]
+    _check_options(name, options, fpn_backbone)
     out_channels, network = options.pop("out_channels", 256), options.pop("network", {})
     body = torchvision.models.get_model(found[2], weights=backbone_weights or None, **network)
     backbone = fpn_backbone(body, out_channels)
-    accepted = inspect.signature(detection.FasterRCNN if cls is detection.MaskRCNN else cls)
-    for key in options:
-        if key not in accepted.parameters and key not in inspect.signature(cls).parameters:
-            raise ConfigError(f"{name} has no option {key}{did_you_mean(key, accepted.parameters)}")
     return cls(backbone, num_classes + 1, **options)
+
+
+def _check_options(name: str, options: Mapping, builder: Callable) -> None:
+    """Refuses what is no argument of the detector, which torchvision would take silently."""
+    accepted = {
+        key
+        for one in (builder, *_CLASSES.get(name.split("_")[0], ()))
+        for key, parameter in inspect.signature(one).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
+    for key in options:
+        if key not in accepted:
+            raise ConfigError(f"{name} has no option {key}{did_you_mean(key, accepted)}")
 
 
 def fpn_backbone(network: nn.Module, out_channels: int) -> BackboneWithFPN:

@@ -220,7 +220,12 @@ def test_schedule_at_zero_runs_no_teacher_and_leaves_no_parameter_without_gradie
 def test_the_student_is_as_it_was_after_the_step(engine, fails):
     model = engine.build([Recorder()])
     modules = list(engine.student(model).modules())
-    before = [set(vars(module)) for module in modules]
+
+    def functions():
+        return [{k: id(v) for k, v in vars(module).items() if callable(v)} for module in modules]
+
+    step(engine, model)  # Torchvision's own pooler sets an attribute in its first step.
+    before = functions()
     if fails:
         model.distillers["Recorder"].forward = None
         predictor = engine.student(model).get_submodule(engine.parts["mask_predictor"])
@@ -231,6 +236,4 @@ def test_the_student_is_as_it_was_after_the_step(engine, fails):
     else:
         step(engine, model)
     assert [m for m in modules if m._forward_hooks or m._forward_pre_hooks] == []
-    ours = [set(vars(module)) - {"forward"} for module in modules]
-    new = set().union(*(now - then for now, then in zip(ours, before, strict=True)))
-    assert not new & {"select_training_samples", "label_and_sample_anchors"}
+    assert functions() == before

@@ -2,7 +2,9 @@
 
 import copy
 import io
+import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_every_distiller_trains_on_two_stage_detectors(kind):
 def test_feature_distillers_train_on_single_stage_detectors(kind):
     losses = step(distilled(OF_FEATURES, kind))
     assert {f"loss_{name.lower()}" for name in OF_FEATURES} <= set(losses)
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+@pytest.mark.parametrize("boxes_per_image", [(0, 0), (0, 3)])
+@pytest.mark.parametrize("kind", ["keypoint", "retinanet", "fcos"])
+def test_images_without_objects_just_work(kind, boxes_per_image):
+    single = kind in ("retinanet", "fcos")
+    model = distilled(OF_FEATURES if single else ["CKD", "BoxKD", "RPNKD", "PKD"], kind)
+    losses = step(model, batch(boxes_per_image=boxes_per_image))
     assert all(torch.isfinite(value) for value in losses.values())
 
 
@@ -140,6 +151,24 @@ def test_student_is_scripted_as_torchvisions_own():
         _, found = scripted(images)
         expected = model.eval()(images)
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(found, expected, strict=True))
+
+
+def test_student_is_exported_to_onnx_as_torchvisions_own(tmp_path):
+    import onnxruntime
+
+    model = distilled()
+    step(model)
+    images, _ = batch()
+    path = tmp_path / "student.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model.student.eval(), ([images[0]],), path, dynamo=False, opset_version=17
+        )
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    boxes, *_ = session.run(None, {session.get_inputs()[0].name: images[0].numpy()})
+    expected = model.eval()(images[:1])[0]["boxes"].detach()
+    assert len(expected) and torch.allclose(torch.from_numpy(boxes), expected, atol=1e-3)
 
 
 def test_step_of_the_reference_training_loop_runs_unchanged():
@@ -238,6 +267,12 @@ def test_auto_with_nothing_to_inherit_is_refused():
         (lambda: distilled({"CKD": float("nan")}), ["CKD", "nan"]),
         (lambda: distilled({"CKD": -1}), ["CKD", "-1"]),
         (lambda: distilled({"CKD": {"temprature": 2}}), ["TEMPRATURE", "TEMPERATURE"]),
+        (lambda: distilled({"CKD": {"temperature": 0}}), ["CKD's TEMPERATURE is 0"]),
+        (lambda: distilled({"PKD": {"max_stride": 2}}), ["PKD's MAX_STRIDE is 2"]),
+        (
+            lambda: DistilledDetector(detector(), detector(out_channels=32), ["PKD"]),
+            ["distillers names PKD", "(out_channels of the FPN) have [16,", "[32,"],
+        ),
         (lambda: distilled(["CKD"], "fcos"), ["CKD", "student", "single-stage", "ReviewKD"]),
         (
             lambda: DistilledDetector(detector(), detector("retinanet"), ["CKD"]),
@@ -269,6 +304,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(build, words):
         build()
     message = str(error.value)
     assert all(word in message for word in words), message
+    assert not re.search(r"\b(KD|MODEL|SOLVER)\.[A-Z]", message), message
     assert "\n" not in message and ". " not in message.replace("e.g. ", "")
 
 
@@ -283,8 +319,26 @@ def test_teacher_with_other_anchors_is_refused_where_anchors_are_compared():
     student = fasterrcnn_mobilenet_v3_large_320_fpn(**UNTRAINED)
     recorder = Recorder()
     recorder.requires = frozenset({"objectness"})
-    with pytest.raises(ConfigError, match="15.*per location.* 3.*anchor generator"):
+    with pytest.raises(
+        ConfigError, match="stride32 have sizes .*512.* student, .*anchor generator"
+    ):
         DistilledDetector(student, teacher, [recorder])
+
+
+def test_anchors_of_other_sizes_are_refused_where_anchors_are_compared():
+    student, teacher = detector("faster"), detector("faster")
+    generator = teacher.rpn.anchor_generator
+    generator.sizes = (*generator.sizes[:2], (99,), *generator.sizes[3:])
+    with pytest.raises(ConfigError, match=r"stride16 have sizes \(32,\).* \(99,\).* teacher"):
+        DistilledDetector(student, teacher, ["RPNKD"])
+    DistilledDetector(student, teacher, ["CKD", "PKD"])
+
+
+def test_masks_of_another_size_are_refused_where_masks_are_compared():
+    teacher = detector()
+    teacher.roi_heads.mask_roi_pool.output_size = (28, 28)
+    with pytest.raises(ConfigError, match="28 pixels per side for the student and 56 for the tea"):
+        DistilledDetector(detector(), teacher, ["MaskKD"])
 
 
 def test_package_does_not_import_detectron2_itself():
