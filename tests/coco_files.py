@@ -5,9 +5,6 @@ import json
 import cv2
 import numpy as np
 import pytest
-from detectron2.config import get_cfg
-
-from kd_detectron.config import add_kd_config
 
 
 def coco_content(
@@ -74,6 +71,9 @@ def write_coco():
 @pytest.fixture
 def make_cfg(tmp_path):
     """Returns a function that writes a dataset "tiny" and gives a config that trains on it."""
+    from detectron2.config import get_cfg
+
+    from kd_detectron.config import add_kd_config
 
     def make(content=None, name="tiny"):
         cfg = get_cfg()

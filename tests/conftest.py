@@ -1,7 +1,8 @@
 """For all tests: registrations are undone, what did not run is counted at the end.
 
 ``make test`` leaves out the tests marked ``slow``. Where Detectron2 is not installed, test files
-that import it are left out too. Both are said in the last lines, with their numbers.
+that import it are left out too, and so are tests of which a fixture needs it; a test that imports
+it by itself fails. What was left out is said in the last lines, with its number.
 """
 
 import ast
@@ -19,6 +20,7 @@ DETECTRON2_IS_MISSING = importlib.util.find_spec("detectron2") is None
 
 slow: set[str] = set()
 files_without_detectron2: set[Path] = set()
+tests_without_detectron2: set[str] = set()
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +66,18 @@ def no_distillers_left_behind():
 # ---- tests that need Detectron2, where it is not installed ----
 
 
+@pytest.fixture
+def needs_detectron2():
+    """For a test that itself imports Detectron2: it is left out where that is not installed."""
+    import detectron2  # noqa: F401
+
+
 def _needs_detectron2(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, ImportError) and (error.name or "").startswith("detectron2"):
+        # Ours (kd_detectron.get_config) says so in words.
+        if isinstance(error, ImportError) and (
+            (error.name or "").startswith("detectron2") or "needs Detectron2" in str(error)
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -110,10 +121,22 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def _test_functions(file: Path) -> int:
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Leaves out a test of which a fixture needs Detectron2."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if not DETECTRON2_IS_MISSING or not _needs_detectron2(error):
+            raise
+        tests_without_detectron2.add(f"{item.path}::{item.originalname}")
+    pytest.skip("needs Detectron2")
+
+
+def _test_functions(file: Path) -> set[str]:
     tree = ast.parse(file.read_text(encoding="utf-8"))
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return sum(function.name.startswith("test_") for function in functions)
+    functions = [node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {f"{file}::{name}" for name in functions if name.startswith("test_")}
 
 
 # ---- what did not run, in the last lines; under pytest-xdist the workers report it ----
@@ -128,6 +151,7 @@ def pytest_sessionfinish(session):
         session.config.workeroutput["slow"] = sorted(slow)
         files = [str(file) for file in sorted(files_without_detectron2)]
         session.config.workeroutput["files_without_detectron2"] = files
+        session.config.workeroutput["tests_without_detectron2"] = sorted(tests_without_detectron2)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -135,6 +159,7 @@ def pytest_testnodedown(node, error):
     output = getattr(node, "workeroutput", {})
     slow.update(output.get("slow", ()))
     files_without_detectron2.update(map(Path, output.get("files_without_detectron2", ())))
+    tests_without_detectron2.update(output.get("tests_without_detectron2", ()))
 
 
 def pytest_unconfigure(config):
@@ -143,9 +168,10 @@ def pytest_unconfigure(config):
         return
     if slow:
         reporter.write_line(f"not run: {len(slow)} tests marked slow; make test-all runs them")
-    if files_without_detectron2:
-        count = sum(map(_test_functions, files_without_detectron2))
+    functions = tests_without_detectron2.union(*map(_test_functions, files_without_detectron2))
+    if functions:
+        files = {function.partition("::")[0] for function in functions}
         reporter.write_line(
-            f"not run: {count} test functions in {len(files_without_detectron2)} files, which need "
+            f"not run: {len(functions)} test functions in {len(files)} files, which need "
             "Detectron2: it is not installed here"
         )

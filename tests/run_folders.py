@@ -1,18 +1,53 @@
-"""Run folders as a training leaves them, with numbers that the tests choose."""
+"""Run folders as a training leaves them, with numbers that the tests choose.
+
+Without Detectron2 the folders hold no models, and of the config only what tables and pictures read.
+"""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from coco_files import coco_content, write_coco_files
-from detectron2.config import get_cfg
-from detectron2.modeling import build_model
 from PIL import Image
 
-from kd_detectron.config import add_kd_config, load_run_config
+# Detectron2's and this project's own defaults (tests/test_without_detectron2.py compares them).
+DEFAULTS = {
+    "DATASETS.COCO_FORMAT": [],
+    "KD.CKD.TRIPLE": "tss",
+    "KD.ENABLED": True,
+    "KD.TEACHER.INHERIT": [],
+    "KD.TEACHER.WEIGHTS": "",
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.RESNETS.NUM_GROUPS": 1,
+    "SOLVER.BASE_LR": 0.001,
+    "SOLVER.MAX_ITER": 40000,
+}
+
+
+def config_text(values: dict) -> str:
+    """The ``config.yaml`` of a run with these values by dotted key."""
+    if find_spec("detectron2") is None:
+        config = {}
+        for key, value in (DEFAULTS | values).items():
+            *nodes, name = key.split(".")
+            node = config
+            for part in nodes:
+                node = node.setdefault(part, {})
+            node[name] = list(value) if isinstance(value, tuple) else value
+        return yaml.safe_dump(config)
+    from detectron2.config import get_cfg
+
+    from kd_detectron.config import add_kd_config
+
+    cfg = get_cfg()
+    add_kd_config(cfg)
+    cfg.merge_from_list([part for item in values.items() for part in item])
+    return cfg.dump()
 
 
 @pytest.fixture
@@ -34,21 +69,21 @@ def write_run(tmp_path):
         seconds=3600.0,
         iterations=100,
     ):
-        cfg = get_cfg()
-        add_kd_config(cfg)
-        cfg.MODEL.META_ARCHITECTURE = "DistilledRCNN"
-        cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-        cfg.MODEL.RESNETS.DEPTH = depth
-        cfg.MODEL.MASK_ON = mask_ap is not None
-        cfg.DATASETS.TEST = ("coco_2017_val",)
-        cfg.KD.DISTILLERS = list(distillers)
-        cfg.KD.TEACHER.CONFIG_FILE = teacher
-        cfg.SEED = seed
-        cfg.merge_from_list(list(opts))
         folder = tmp_path / name
         folder.mkdir()
-        cfg.OUTPUT_DIR = str(folder)
-        (folder / "config.yaml").write_text(cfg.dump())
+        values = {
+            "MODEL.META_ARCHITECTURE": "DistilledRCNN",
+            "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+            "MODEL.RESNETS.DEPTH": depth,
+            "MODEL.MASK_ON": mask_ap is not None,
+            "DATASETS.TEST": ("coco_2017_val",),
+            "KD.DISTILLERS": list(distillers),
+            "KD.TEACHER.CONFIG_FILE": teacher,
+            "SEED": seed,
+            "OUTPUT_DIR": str(folder),
+        }
+        values |= zip(opts[::2], opts[1::2], strict=True)
+        (folder / "config.yaml").write_text(config_text(values))
         (folder / "metrics.json").write_text("".join(json.dumps(m) + "\n" for m in metrics))
         if result:
             results = {}
@@ -101,6 +136,9 @@ def tiny_dataset(tmp_path):
 @pytest.fixture
 def write_trained_run(write_run, tiny_dataset):
     """Returns a function that writes a run folder with a (random) trained student in it."""
+    from detectron2.modeling import build_model
+
+    from kd_detectron.config import load_run_config
 
     def write(name, *, opts=(), seed=0, mask=False, depth=50, **options):
         tiny = [

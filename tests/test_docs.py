@@ -6,12 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_argument_parser
 
-from kd_detectron import add_kd_config
 from kd_detectron.__main__ import COMMANDS
-from kd_detectron.config import find_config
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.torchvision.main import build_parser as train_torchvision
 
@@ -41,6 +37,8 @@ OTHERS = {
 
 
 def options_of_the_commands() -> set[str]:
+    from detectron2.engine import default_argument_parser
+
     sources = [*(ROOT / "kd_detectron").rglob("*.py"), *ROOT.glob("tools/*.py")]
     sources += [*ROOT.glob("datasets/*.py"), *ROOT.glob("docs/*.py")]
     text = "\n".join(source.read_text(encoding="utf-8") for source in sources)
@@ -79,7 +77,10 @@ def test_readme_links_every_page():
 
 
 @every_page
+@pytest.mark.usefixtures("needs_detectron2")
 def test_commands_options_and_configs_exist(page):
+    from kd_detectron.config import find_config
+
     text = page.read_text(encoding="utf-8")
     for tool in re.findall(r"\b((?:tools|datasets|docs)/\w+\.py)", text):
         assert (ROOT / tool).is_file(), tool
@@ -135,7 +136,12 @@ def test_lines_are_no_longer_than_100_columns(page):
 
 
 @every_page
+@pytest.mark.usefixtures("needs_detectron2")
 def test_config_keys_exist(page):
+    from detectron2.config import get_cfg
+
+    from kd_detectron import add_kd_config
+
     cfg = get_cfg()
     add_kd_config(cfg)
     heads = "KD|MODEL|SOLVER|INPUT|DATASETS|DATALOADER|TEST"
@@ -152,7 +158,12 @@ def test_config_keys_exist(page):
 
 
 @every_page
+@pytest.mark.usefixtures("needs_detectron2")
 def test_code_is_valid(page):
+    from detectron2.config import CfgNode, get_cfg
+
+    from kd_detectron import add_kd_config
+
     text = page.read_text(encoding="utf-8")
     for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         ast.parse(code)

@@ -1,9 +1,17 @@
-"""Losses and distillers are plain PyTorch: they run where Detectron2 is not installed."""
+"""Losses and distillers are plain PyTorch: they run where Detectron2 is not installed.
+
+So do the tests of all that needs none of it; those left out are counted.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+import yaml
+from run_folders import DEFAULTS, config_text
+from without_detectron2.demanded import DEMANDED
 
 PROGRAM = """
 import sys
@@ -59,3 +67,63 @@ def test_tests_that_need_detectron2_are_counted_and_not_run_without_it():
     assert done.returncode == 0, done.stdout[-2000:]
     assert "passed" in done.stdout
     assert "which need Detectron2: it is not installed" in done.stdout.splitlines()[-1]
+
+
+def test_every_demanded_folder_has_tests_without_detectron2():
+    tests = Path(__file__).parent
+    paths = [str(tests / name) for name in DEMANDED]
+    done = python_without_detectron2("-m", "pytest", "-q", "--collect-only", *paths)
+    for name in DEMANDED:
+        assert f"\ntests/{name}" in f"\n{done.stdout}", (name, done.stdout[-2000:])
+
+
+@pytest.mark.parametrize("left_out", [[], ["runs/test_tables.py", "visualize"]])
+def test_run_in_which_a_demanded_folder_ran_no_test_fails_and_names_it(tmp_path, left_out):
+    skip = "import pytest\n@pytest.mark.skip()\n"
+    for name in DEMANDED:
+        file = tmp_path / "tests" / name
+        file = file if file.suffix else file / "test_it.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{skip if name in left_out else ''}def test_it(): pass\n")
+    options = ["--rootdir", str(tmp_path), "--import-mode=importlib", "-n", "1", "-p", "demanded"]
+    done = python_without_detectron2("-m", "pytest", *options, str(tmp_path / "tests"))
+    assert done.returncode == (1 if left_out else 0), done.stdout + done.stderr
+    line = "error: no test ran of runs/test_tables.py, visualize (tests/)"
+    assert (line in done.stdout.splitlines()) == bool(left_out)
+
+
+TESTS = """
+import pytest
+
+@pytest.fixture
+def model():
+    import detectron2.modeling
+
+def test_of_a_fixture(model):
+    pass
+
+@pytest.mark.usefixtures("needs_detectron2")
+def test_that_says_so():
+    pass
+
+def test_that_imports_by_itself():
+    import detectron2.modeling
+"""
+
+
+def test_only_a_test_whose_fixture_needs_detectron2_is_left_out(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTS)
+    done = python_without_detectron2("-m", "pytest", "-p", "conftest", str(tmp_path))
+    assert "1 failed, 2 skipped" in done.stdout, done.stdout + done.stderr
+    assert "_ test_that_imports_by_itself _" in done.stdout
+    assert "not run: 2 test functions in 1 files" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("needs_detectron2")
+def test_run_folders_without_detectron2_have_its_defaults():
+    config = yaml.safe_load(config_text({}))
+    for key, default in DEFAULTS.items():
+        value = config
+        for part in key.split("."):
+            value = value[part]
+        assert value == default, key

@@ -13,7 +13,6 @@ from kd_detectron.data import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.data import synthetic as synthetic_module
 from kd_detectron.data.synthetic import render
 from kd_detectron.errors import ConfigError
-from kd_detectron.preflight.annotations import check_coco_files
 
 SMALL = {"num_train": 4, "num_val": 2, "image_size": (64, 96)}
 SCRIPT = Path(__file__).parents[2] / "datasets" / "make_synthetic.py"
@@ -38,8 +37,11 @@ def test_larger_set_begins_with_the_smaller_one(tmp_path):
         assert (small / "train" / name).read_bytes() == (large / "train" / name).read_bytes()
 
 
+@pytest.mark.usefixtures("needs_detectron2")
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_set_passes_the_dataset_check(tmp_path, split):
+    from kd_detectron.preflight.annotations import check_coco_files
+
     folder = make_synthetic(tmp_path / "set", **SMALL)
     summary = check_coco_files(
         str(folder / f"{split}.json"), str(folder / split), name="set", mask_format="polygon"
