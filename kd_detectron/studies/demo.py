@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from kd_detectron.commands import INTERRUPTED_EXIT_CODE, exit_code
 from kd_detectron.data.synthetic import make_synthetic
 
 NUM_TRAIN = 600
@@ -43,12 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     make_synthetic(data, args.train_images, args.val_images, image_size=IMAGE_SIZE)
     if args.engine == "torchvision":
         from kd_detectron.torchvision.demo import run_demo
+        from kd_detectron.torchvision.main import training_exit_code
 
-        try:
-            return exit_code(lambda: run_demo(output, data, iterations=args.iterations))
-        except KeyboardInterrupt:
-            print("interrupted; the same command continues from the last checkpoint")
-            return INTERRUPTED_EXIT_CODE
+        return training_exit_code(
+            lambda: run_demo(output, data, iterations=args.iterations), "the same command"
+        )
     from kd_detectron.studies import study
 
     os.environ["DETECTRON2_DATASETS"] = str(data.resolve())

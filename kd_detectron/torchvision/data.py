@@ -2,10 +2,12 @@
 
 Classes are numbered from 1 in the order of their category ids; 0 is the background. Images without
 an object are left out of training, as Detectron2 does; crowd regions and empty boxes as well.
+An object without ``iscrowd`` is none, and one without ``area`` has its box's.
 """
 
 import contextlib
 import io
+import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +31,9 @@ class DetectionData(Dataset):
 
     Attributes:
         class_names: names of the K classes, in the order of their labels 1..K.
+
+    Raises:
+        ConfigError: the files do not exist, or cannot be used as they are.
     """
 
     def __init__(
@@ -40,12 +45,21 @@ class DetectionData(Dataset):
         transforms = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         if training:
             transforms.insert(1, v2.RandomHorizontalFlip())
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress.
-            plain = CocoDetection(str(images), str(annotations), transforms=v2.Compose(transforms))
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress.
+                plain = CocoDetection(
+                    str(images), str(annotations), transforms=v2.Compose(transforms)
+                )
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
+            raise ConfigError(
+                f"{annotations} is not in COCO format ({type(error).__name__}: {error})"
+            ) from error
         categories = sorted(plain.coco.cats.values(), key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self._labels = {category["id"]: i + 1 for i, category in enumerate(categories)}
         self._masks = masks
+        for entry in plain.coco.dataset.get("annotations", []):
+            self._complete(entry, str(annotations))
         if training:
             plain.ids = [number for number in plain.ids if self._has_objects(plain, number)]
         if not plain.ids:
@@ -55,6 +69,24 @@ class DetectionData(Dataset):
         self.file_names = [plain.coco.imgs[number]["file_name"] for number in plain.ids]
         keys = {"boxes", "labels", "image_id", "iscrowd", "area"} | ({"masks"} if masks else set())
         self._data = wrap_dataset_for_transforms_v2(plain, target_keys=keys)
+
+    def _complete(self, entry: dict, title: str) -> None:
+        """Refuses an annotation that cannot be used; adds what files of other tools leave out."""
+        name = f"{title}: the annotation of id {entry['id']}"
+        box, category = entry.get("bbox"), entry.get("category_id")
+        numbers = isinstance(box, list) and all(isinstance(x, int | float) for x in box)
+        if not numbers or len(box) != 4:
+            raise ConfigError(f"{name} has the bbox {box}; give [x, y, width, height] in pixels")
+        if category not in self._labels:
+            raise ConfigError(
+                f"{name} has the category_id {category}, which 'categories' does not list; add this"
+                " category or remove the annotation"
+            )
+        if self._masks and not entry.get("segmentation"):
+            raise ConfigError(f"{name} has no segmentation, which a Mask R-CNN learns from; add it")
+        for key, value in (("iscrowd", 0), ("area", box[2] * box[3])):
+            if entry.get(key) is None:
+                entry[key] = value
 
     @staticmethod
     def _has_objects(data: CocoDetection, number: int) -> bool:
@@ -141,15 +173,29 @@ class BatchesByIteration(Sampler):
 def train_loader(data: DetectionData, batches: Sampler, workers: int) -> DataLoader:
     """Batches of images and targets without what cannot be trained on."""
     return DataLoader(
-        data, batch_sampler=batches, num_workers=workers, collate_fn=_collate_for_training
+        data,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate_for_training,
+        worker_init_fn=_ignore_interrupts,
     )
 
 
 def test_loader(data: DetectionData, batch_size: int, workers: int, shard: Sequence) -> DataLoader:
     """The images of ``shard`` in order, with everything that evaluation needs."""
     return DataLoader(
-        data, batch_size=batch_size, sampler=shard, num_workers=workers, collate_fn=_collate
+        data,
+        batch_size=batch_size,
+        sampler=shard,
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_interrupts,
     )
+
+
+def _ignore_interrupts(worker: int) -> None:
+    # A terminal sends SIGINT to the workers too, which the iteration that is finished needs.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items: list) -> tuple[list, list]:

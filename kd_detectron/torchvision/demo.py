@@ -36,7 +36,8 @@ def demo_runs(output: Path, data: Path) -> dict[str, TrainingOptions]:
     runs = {}
     for entry in content["runs"]:
         name = entry.pop("name")
-        values = _merged(content["common"], entry) | paths | {"output": str(output / name)}
+        own = {"output": str(output / name), "devices": "1"}
+        values = _merged(content["common"], entry) | paths | own
         runs[name] = TrainingOptions.from_mapping(values)
     return runs
 
@@ -52,7 +53,7 @@ def run_demo(output: str | Path, data: str | Path, *, iterations: int | None = N
     output = Path(output)
     runs = demo_runs(output, Path(data))
     for number, (name, options) in enumerate(runs.items(), start=1):
-        if iterations:
+        if iterations is not None:
             options = replace(options, iterations=iterations, steps=())
         print(
             f"[{number}/{len(runs)}] {options.output}, {options.iterations} iterations", flush=True

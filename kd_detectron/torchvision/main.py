@@ -1,7 +1,9 @@
 """The command ``tools/train_torchvision.py``: options in, a run folder out."""
 
 import argparse
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -50,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     for which in ("student", "teacher"):
         parser.add_argument(
             f"--{which}-options",
-            type=yaml.safe_load,
+            type=_read_yaml,
             metavar="YAML",
             help="arguments of the detector, e.g. '{min_size: 480}'",
         )
@@ -73,21 +75,41 @@ def read_options(args: argparse.Namespace) -> TrainingOptions:
         if not Path(args.config).is_file():
             raise ConfigError(f"--config '{args.config}' is not a file")
         if Path(args.config).stat().st_size:
-            values = CfgNode.load_yaml_with_base(args.config)
+            try:
+                values = CfgNode.load_yaml_with_base(args.config)
+            except yaml.YAMLError as error:
+                raise ConfigError(
+                    f"--config '{args.config}' is not readable YAML: {error}"
+                ) from error
     given = {k: v for k, v in vars(args).items() if v is not None}
     for key in ("config", "resume", "imports"):
         given.pop(key, None)
-    if args.distillers:
-        given["distillers"] = dict(_name_and_weight(one) for one in args.distillers)
     return TrainingOptions.from_mapping(values | given)
 
 
-def _name_and_weight(text: str) -> tuple[str, dict]:
-    name, _, weight = text.partition("=")
+def _read_yaml(text: str):
     try:
-        return name, {"weight": float(weight)} if weight else {}
-    except ValueError as error:
-        raise ConfigError(f"--distillers has '{text}'; write NAME or NAME=WEIGHT") from error
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is not readable YAML") from error
+
+
+def training_exit_code(work: Callable[[], None], same_command: str) -> int:
+    """As ``commands.exit_code``, for work that trains; says how to go on with what was interrupted.
+
+    Args:
+        work: the training.
+        same_command: "the same command", and what is to be added to it.
+    """
+    try:
+        return exit_code(work)
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED_EXIT_CODE
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets it where it starts several.
+            print(f"interrupted; {same_command} continues from the last checkpoint")
+        return INTERRUPTED_EXIT_CODE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,21 +121,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             import_user_code(name)
         options = read_options(args)
         try:
+            from lightning.pytorch.utilities import rank_zero_only
+
             from .training import train
         except ModuleNotFoundError as error:
             raise ConfigError(
                 f"training needs {error.name}, which is not installed; pip install "
                 "lightning==2.6.6 torchmetrics==1.9.0"
             ) from error
-        for task, scores in train(options, resume=args.resume).items():
-            print(task, ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
-        print(f"run folder: {options.output}")
+        results = train(options, resume=args.resume)
+        say = rank_zero_only(print)  # Lightning starts this command once per device.
+        for task, scores in results.items():
+            say(task, ", ".join(f"{name} {value:.1f}" for name, value in scores.items()))
+        say(f"run folder: {options.output}")
 
-    try:
-        return exit_code(work)
-    except NonFiniteLossError as error:
-        print(f"error: {error}")
-        return FAILED_EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted; the same command with --resume continues from the last checkpoint")
-        return INTERRUPTED_EXIT_CODE
+    return training_exit_code(work, "the same command with --resume")

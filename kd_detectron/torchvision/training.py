@@ -1,18 +1,16 @@
 """Training torchvision's detectors, distilled or not, with Lightning.
 
-Lightning does the loop, checkpoints, resuming, precision and several devices; ``torchmetrics``
-COCO AP (by pycocotools); torchvision the data. What is here is the module in between and a callback
-that writes the run folder: ``config.yaml``, ``metrics.json`` (JSON lines), ``result.json``,
-``model_final.pth`` (the plain student's state dict) and ``checkpoints/last.ckpt`` to resume from.
+Lightning does the loop, resuming, precision and several devices; ``torchmetrics`` COCO AP (by
+pycocotools); torchvision the data. What is here is the module in between; the run folder is written
+in ``callbacks.py``.
 
 Losses are logged by the names that Detectron2 gives them, so that curves of both engines agree.
 """
 
-import json
+import hashlib
 import logging
 import math
 import os
-import time
 import warnings
 from bisect import bisect_right
 from pathlib import Path
@@ -20,7 +18,9 @@ from pathlib import Path
 import lightning
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
@@ -28,16 +28,17 @@ from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.runs import files
-from kd_detectron.runs.same_run import compare_with_run
+from kd_detectron.runs.same_run import compare_with_run, config_of_run
 
+from .callbacks import LAST_CHECKPOINT, RunFolder, StopOnSignal, evaluation_period
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
 from .models import build_detector
 from .options import FINAL_WEIGHTS, TrainingOptions
 
-logger = logging.getLogger(__name__)
-
-LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+_CHECKSUM = "TRAIN_SHA256"  # in config.yaml, of the annotation file
+# What Lightning raises where it cannot have the devices.
+_REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException)
 # Torchvision's names of losses, and Detectron2's names of the same ones.
 _LOSS_NAMES = {
     "loss_classifier": "loss_cls",
@@ -82,11 +83,6 @@ class DetectionModule(lightning.LightningModule):
 
     def train_dataloader(self):
         options, (rank, world_size) = self.options, self._share()
-        if options.batch_size % world_size:
-            raise ConfigError(
-                f"batch_size is {options.batch_size} for {world_size} processes; give a multiple "
-                "of them"
-            )
         batches = BatchesByIteration(
             len(self._data[0]),
             options.batch_size,
@@ -167,84 +163,10 @@ class DetectionModule(lightning.LightningModule):
             }
 
 
-class RunFolder(Callback):
-    """Writes ``metrics.json`` while training and ``result.json`` at the end.
-
-    Args:
-        options: of the training.
-        start: the iteration to go on from; what an interrupted run logged after it is dropped.
-    """
-
-    def __init__(self, options: TrainingOptions, start: int):
-        self._options = options
-        self._folder = Path(options.output)
-        self.evaluated = -1
-        self._sums: dict[str, float] = {}
-        self._count = 0
-        # Wall time of the training up to iteration ``start``, as its metrics say.
-        seconds = (x.get("elapsed", 0.0) for x in files.read_metrics(self._folder))
-        self._seconds = max(seconds, default=0.0)
-
-    def on_train_start(self, trainer, module):
-        self._begun = time.monotonic()
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        for name, value in module.losses.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        self._count += 1
-        iteration = trainer.global_step - 1
-        if trainer.global_step % self._options.log_period and not self._is_last(trainer):
-            return
-        means = {name: value / self._count for name, value in self._sums.items()}
-        total = sum(means.values())
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        self._write(trainer, iteration, {"total_loss": total, **means, "lr": rate})
-        self._sums, self._count = {}, 0
-
-    def on_validation_end(self, trainer, module):
-        metrics = {
-            f"{task}/{key}": value
-            for task, scores in module.results.items()
-            for key, value in scores.items()
-        }
-        self.evaluated = trainer.global_step
-        # As Detectron2 does: the last evaluation is logged one iteration after the last step.
-        iteration = trainer.global_step - (not self._is_last(trainer))
-        self._write(trainer, iteration, metrics)
-
-    def write_result(self, trainer, module) -> None:
-        """Writes the plain student's weights and ``result.json``."""
-        if not trainer.is_global_zero:
-            return
-        student, teacher = module.model.student, module.model.teacher
-        torch.save(student.state_dict(), self._folder / FINAL_WEIGHTS)
-        result = {
-            "results": module.results,
-            "iterations": trainer.global_step,
-            "seconds": self._elapsed(),
-            "student_parameters": _count_parameters(student),
-            "teacher_parameters": _count_parameters(teacher.model) if teacher else None,
-            "seed": self._options.seed,
-            "config_name": self._folder.name,
-            "finished": True,
-        }
-        files.write_result(self._folder, result)
-
-    def _is_last(self, trainer) -> bool:
-        return trainer.global_step >= self._options.iterations
-
-    def _elapsed(self) -> float:
-        return self._seconds + time.monotonic() - self._begun
-
-    def _write(self, trainer, iteration: int, values: dict) -> None:
-        if trainer.is_global_zero:
-            line = {"iteration": iteration, "elapsed": self._elapsed(), **values}
-            with open(self._folder / files.METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-
 def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[str, float]]:
     """Trains and evaluates; continues from the folder's last checkpoint where there is one.
+
+    A finished run is left as it is, or extended if the options have more iterations.
 
     Args:
         options: of the training.
@@ -256,76 +178,138 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     Raises:
         ConfigError: something named in the options does not exist or does not fit.
         NonFiniteLossError: a loss became NaN or infinite.
+        KeyboardInterrupt: stopped by a signal; another call goes on from the last checkpoint.
     """
     folder = Path(options.output)
-    if resume and files.is_finished(folder):
-        return files.read_result(folder)["results"]
     if not resume and (folder / files.METRICS).is_file():
         raise ConfigError(f"{folder} holds a run; give --resume to go on, or another --output")
     # Lightning's remarks on hardware and its other products.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    masks = options.student.startswith("maskrcnn")
-    data = DetectionData(*options.train, training=True, masks=masks)
-    val = DetectionData(*options.val, training=False, masks=masks)
-    if val.class_names != data.class_names:
+    data, val = _load_data(options)
+    config = options.config(len(data.class_names))
+    checksum = hashlib.sha256(Path(options.train[0]).read_bytes()).hexdigest()
+    config["DATASETS"][_CHECKSUM] = checksum
+    _check_same_run(folder, config)
+    result = files.read_result(folder)
+    if files.is_finished(folder) and (result.get("iterations") or 0) >= options.iterations:
+        return _with_nan(result["results"])
+    checkpoint = folder / LAST_CHECKPOINT
+    start = _iteration_of(checkpoint) if checkpoint.is_file() else 0
+    if result and not start:
         raise ConfigError(
-            f"the classes of train are {data.class_names} and those of val {val.class_names}; "
-            "give both files the same categories"
+            f"{folder} holds a finished run of {result.get('iterations')} iterations and no "
+            f"{LAST_CHECKPOINT} to go on from; give another --output"
         )
+    run_folder, stop = RunFolder(options, start), StopOnSignal(checkpoint)
+    trainer = build_trainer(options, [run_folder, stop])
     lightning.seed_everything(options.seed, verbose=False)
     model = build_model(options, len(data.class_names))
     folder.mkdir(parents=True, exist_ok=True)
-    config = options.config(len(data.class_names))
-    # With another teacher, or other data, the run would be a mixture of two.
-    compare_with_run(
-        str(folder),
-        files.flatten(config),
-        identity=("ENGINE", "MODEL.", "KD.", "DATASETS.TRAIN"),
-        may_change=("MODEL.WEIGHTS",),
-    )
     with atomic_open(folder / files.CONFIG, "w") as file:
         yaml.safe_dump(config, file, sort_keys=False)
-    checkpoint = folder / LAST_CHECKPOINT
-    start = _iteration_of(checkpoint) if checkpoint.is_file() else 0
+    for name in (files.RESULT, FINAL_WEIGHTS):  # of a run that is extended
+        (folder / name).unlink(missing_ok=True)
     files.forget_metrics_from(folder, start)
-    run_folder = RunFolder(options, start)
-    trainer = lightning.Trainer(
-        accelerator=options.accelerator,
-        devices=options.devices if options.devices == "auto" else int(options.devices),
-        precision=options.precision,
-        max_steps=options.iterations,
-        gradient_clip_val=options.clip_gradients or None,
-        val_check_interval=min(options.eval_period or options.iterations, options.iterations),
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=os.isatty(2),
-        default_root_dir=folder,
-        callbacks=[
-            run_folder,
-            ModelCheckpoint(
-                folder / "checkpoints",
-                every_n_train_steps=options.checkpoint_period,
-                save_last=True,
-                save_top_k=1,
-                enable_version_counter=False,
-            ),
-        ],
-    )
     module = DetectionModule(model, options, data, val, start)
-    with warnings.catch_warnings():
+    with stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
         warnings.filterwarnings("ignore", ".*mid-epoch.*|.*resumable.*")
         warnings.filterwarnings("ignore", ".*LeafSpec.*")
-        trainer.fit(module, ckpt_path=checkpoint if start else None)
-    if trainer.interrupted or trainer.global_step < options.iterations:
-        raise KeyboardInterrupt
-    if run_folder.evaluated != trainer.global_step:
-        trainer.validate(module, verbose=False)
+        try:
+            if run_folder.evaluation_is_missing:
+                trainer.validate(module, ckpt_path=checkpoint, verbose=False)
+            trainer.fit(module, ckpt_path=checkpoint if start else None)
+            if run_folder.evaluated != trainer.global_step:
+                trainer.validate(module, verbose=False)
+        except SystemExit as error:  # What Lightning makes of a KeyboardInterrupt.
+            raise KeyboardInterrupt from error
     run_folder.write_result(trainer, module)
     return module.results
+
+
+def build_trainer(options: TrainingOptions, callbacks: list[Callback]) -> lightning.Trainer:
+    """Lightning's trainer for these options.
+
+    Raises:
+        ConfigError: there are no such devices, or the batch cannot be shared out to them.
+    """
+    devices = options.devices
+    try:
+        trainer = lightning.Trainer(
+            accelerator=options.accelerator,
+            devices=int(devices) if devices.removeprefix("-").isdigit() else devices,
+            num_nodes=options.nodes,
+            precision=options.precision,
+            max_steps=options.iterations,
+            gradient_clip_val=options.clip_gradients or None,
+            val_check_interval=evaluation_period(options),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=os.isatty(2),
+            default_root_dir=options.output,
+            callbacks=callbacks,
+        )
+    except _REFUSALS as error:
+        raise ConfigError(
+            f"accelerator '{options.accelerator}' with devices '{devices}' cannot be had from "
+            f"Lightning: {' '.join(str(error).split())}"
+        ) from error
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
+        raise ConfigError(
+            f"devices is {devices}, one process each, on a CPU of {cores} cores; give at most these"
+        )
+    if options.batch_size % trainer.world_size:
+        raise ConfigError(
+            f"batch_size is {options.batch_size} for {trainer.world_size} processes; give a "
+            "multiple of them"
+        )
+    return trainer
+
+
+def _load_data(options: TrainingOptions) -> tuple[DetectionData, DetectionData]:
+    if options.student.startswith("keypointrcnn"):
+        raise ConfigError(
+            f"student is {options.student}, but this command has no keypoint data (flipped images "
+            "need the left and right keypoints exchanged); train it with DistilledDetector in a "
+            "training loop of your own, or choose a Faster or Mask R-CNN"
+        )
+    masks = options.student.startswith("maskrcnn")
+    train = DetectionData(*options.train, training=True, masks=masks)
+    val = DetectionData(*options.val, training=False, masks=masks)
+    if val.class_names != train.class_names:
+        raise ConfigError(
+            f"the classes of train are {train.class_names} and those of val {val.class_names}; "
+            "give both files the same categories"
+        )
+    return train, val
+
+
+def _check_same_run(folder: Path, config: dict) -> None:
+    """Refuses another model, teacher, distillation or data: the run would be a mixture of two."""
+    now = files.flatten(yaml.safe_load(yaml.safe_dump(config)))  # lists in place of tuples
+    key = f"DATASETS.{_CHECKSUM}"
+    if key not in config_of_run(str(folder)):  # written by an earlier version
+        del now[key]
+    compare_with_run(
+        str(folder),
+        now,
+        identity=("ENGINE", "MODEL.", "KD.", "DATASETS.TRAIN"),
+        may_change=("MODEL.WEIGHTS",),
+        count_absent=True,
+    )
+
+
+def _with_nan(results: dict) -> dict[str, dict[str, float]]:
+    """What ``result.json`` has as null, "no object of this size in the data", is NaN again."""
+    return {
+        task: {key: math.nan if value is None else value for key, value in scores.items()}
+        for task, scores in results.items()
+    }
 
 
 def build_model(options: TrainingOptions, num_classes: int) -> DistilledDetector:
@@ -357,6 +341,8 @@ def build_teacher(options: TrainingOptions, num_classes: int) -> nn.Module:
         )
     if options.teacher_run and not Path(weights).is_file():
         raise ConfigError(f"the teacher's weights {weights} do not exist; train the teacher first")
+    if not Path(weights).is_file():
+        num_classes = None  # weights of torchvision's, such as "COCO_V1", have classes of their own
     return build_detector(name, num_classes, weights=weights, options=own)
 
 
@@ -380,7 +366,3 @@ def _iteration_of(checkpoint: Path) -> int:
         raise ConfigError(
             f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); remove it to start anew"
         ) from error
-
-
-def _count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from test_without_detectron2 import python_without_detectron2
 
+from kd_detectron.errors import NonFiniteLossError
+from kd_detectron.studies import demo
 from kd_detectron.torchvision.demo import demo_runs
 
 ROOT = Path(__file__).parents[2]
@@ -42,6 +44,25 @@ def test_demo_students_share_everything_but_distillation(tmp_path):
         assert distilled["TORCHVISION"] == baseline["TORCHVISION"]
         assert runs[name].teacher_run == str(tmp_path / "demo" / "teacher")
     assert configs["recipe"]["KD"]["TEACHER"]["INHERIT"]
+    assert {run.devices for run in runs.values()} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (NonFiniteLossError("loss_cls is not finite"), 1, "error: loss_cls is not finite"),
+        (KeyboardInterrupt(), 75, "interrupted; the same command continues"),
+    ],
+)
+def test_demo_that_stops_says_so_in_one_sentence(tmp_path, monkeypatch, capfd, error, code, words):
+    def stops(*_, **__):
+        raise error
+
+    monkeypatch.setattr("kd_detectron.torchvision.demo.run_demo", stops)
+    arguments = ["--engine", "torchvision", "--output", str(tmp_path)]
+    assert demo.main([*arguments, "--train-images", "1", "--val-images", "1"]) == code
+    output = capfd.readouterr()
+    assert words in output.out + output.err and "Traceback" not in output.err
 
 
 def check_source(argument) -> int:
@@ -65,6 +86,6 @@ def test_git_source_that_answers_is_reachable_and_another_is_not_in_seconds(tmp_
         assert time.monotonic() - begun < 20
 
 
-def test_wheels_folders_and_names_are_left_to_pip(tmp_path):
-    for argument in ("detectron2==0.6", str(tmp_path), "detectron2-0.6-cp311.whl"):
+def test_folders_and_names_are_left_to_pip(tmp_path):
+    for argument in ("detectron2==0.6", str(tmp_path)):
         assert check_source(argument) == 0

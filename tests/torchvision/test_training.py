@@ -1,6 +1,9 @@
 """Training on torchvision's detectors: run folder, resuming, command, what is refused."""
 
 import json
+import math
+import os
+import signal
 
 import pytest
 import torch
@@ -11,11 +14,13 @@ from kd_detectron.data.synthetic import SYNTHETIC_CLASSES
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import load_run
 from kd_detectron.runs.tables import build_table, load_teacher
+from kd_detectron.torchvision import training
 from kd_detectron.torchvision.data import BatchesByIteration, DetectionData, trainable
+from kd_detectron.torchvision.data import test_loader as data_loader
 from kd_detectron.torchvision.main import build_parser, main, read_options
 from kd_detectron.torchvision.models import build_detector, short_name
 from kd_detectron.torchvision.options import TrainingOptions
-from kd_detectron.torchvision.training import build_model, train
+from kd_detectron.torchvision.training import build_model, build_trainer, train
 from kd_detectron.visualize.curves import plot_curves
 
 
@@ -83,37 +88,6 @@ def test_inherited_parts_stay_as_the_teachers_at_a_learning_rate_of_zero(
     assert student.keys() == baseline.keys()
 
 
-def test_interrupted_run_goes_on_from_its_checkpoint(runs, tiny_data, tmp_path, monkeypatch):  # noqa: F811
-    whole = [json.loads(x) for x in (runs / "baseline" / "metrics.json").read_text().splitlines()]
-    first = options(tiny_data, tmp_path / "run")
-    from kd_detectron.torchvision import training
-
-    original = training.DetectionModule.training_step
-
-    def stops(self, batch, index):
-        if self.global_step == 3:
-            raise RuntimeError("the machine went down")
-        return original(self, batch, index)
-
-    monkeypatch.setattr(training.DetectionModule, "training_step", stops)
-    with pytest.raises(RuntimeError, match="went down"):
-        train(first)
-    assert not (tmp_path / "run" / "result.json").exists()
-    monkeypatch.setattr(training.DetectionModule, "training_step", original)
-    train(first)
-    run = load_run(tmp_path / "run")
-    assert run.finished and run.iterations == 4
-    lines = (tmp_path / "run" / "metrics.json").read_text().splitlines()
-    assert len(lines) == len(whole)
-    expected = next(x for x in whole if x["iteration"] == 3 and "lr" in x)
-    assert run.history[3]["lr"] == expected["lr"]
-    # Sampling and order are functions of seed and iteration; flips are not.
-    assert run.history[3]["loss_rpn_cls"] == pytest.approx(expected["loss_rpn_cls"], rel=0.05)
-    before = (tmp_path / "run" / "metrics.json").read_text()
-    train(first)
-    assert (tmp_path / "run" / "metrics.json").read_text() == before
-
-
 def test_a_folder_that_holds_a_run_is_not_overwritten(runs, tiny_data):  # noqa: F811
     with pytest.raises(ConfigError, match="--resume"):
         train(options(tiny_data, runs / "baseline"), resume=False)
@@ -122,7 +96,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(runs, tiny_data):  # noqa:
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny_data, tmp_path, capsys):  # noqa: F811
     arguments = command(tiny_data, tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0")
     assert main(arguments) == 1
-    assert "is not finite at iteration" in capsys.readouterr().out
+    assert "is not finite at iteration" in capsys.readouterr().err
 
 
 def command(data, output, *more):
@@ -158,6 +132,15 @@ def test_command_line_overrides_the_file(tmp_path):
         (["--weights", "gone.pth"], ["gone.pth"]),
         (["--teacher-run", "gone", "--inherit", "rpn"], ["gone", "run folder"]),
         (["--config", "gone.yaml"], ["gone.yaml"]),
+        (["--iterations", "0"], ["iterations is 0", "at least 1"]),
+        (["--batch-size", "0"], ["batch_size is 0", "at least 1"]),
+        (["--learning-rate", "-1"], ["learning_rate is -1", "at least 0"]),
+        (["--log-period", "0"], ["log_period is 0", "at least 1"]),
+        (["--precision", "bf17"], ["precision is 'bf17'", "bf16-mixed"]),
+        (["--precision", "bf16-true"], ["precision is 'bf16-true'", "bf16-mixed"]),
+        (["--accelerator", "foo"], ["accelerator 'foo'", "cpu"]),
+        (["--accelerator", "cpu", "--devices", "0,1"], ["devices '0,1'", "int > 0"]),
+        (["--student", "keypointrcnn_resnet50_fpn"], ["keypointrcnn", "DistilledDetector"]),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(tiny_data, tmp_path, capsys, more, words):  # noqa: F811
@@ -173,6 +156,15 @@ def test_wrong_input_is_one_sentence_and_exit_code_2(tiny_data, tmp_path, capsys
         ({"iterationes": 3}, ["iterationes", "did you mean iterations"]),
         ({"output": ""}, ["output", "missing"]),
         ({"train": ["a.json"]}, ["train", "image folder"]),
+        ({"iterations": "many"}, ["iterations is 'many'", "whole number"]),
+        ({"iterations": 2.5}, ["iterations is 2.5", "whole number"]),
+        ({"momentum": float("nan")}, ["momentum is nan", "finite"]),
+        ({"steps": [10, "late"]}, ["steps is 'late'"]),
+        ({"inherit": [3]}, ["inherit is [3]", "text"]),
+        ({"student": ["s"]}, ["student is ['s']", "text"]),
+        ({"student_options": 3}, ["student_options is 3", "mapping"]),
+        ({"distillers": 3}, ["distillers is 3", "names"]),
+        ({"distillers": {"CKD": "much"}}, ["CKD: 'much'", "weight"]),
     ],
 )
 def test_wrong_options_are_refused(values, words):
@@ -180,6 +172,65 @@ def test_wrong_options_are_refused(values, words):
     with pytest.raises(ConfigError) as error:
         TrainingOptions.from_mapping(whole | values)
     assert all(word in str(error.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("inherit: auto", ("auto",)),
+        ("inherit: [rpn, roi_heads]", ("rpn", "roi_heads")),
+        ("steps: 3", (3,)),
+        ("steps: [3, 1e1]", (3, 10)),
+        ("iterations: 1e4", 10_000),
+        ("learning_rate: 1e-3", 0.001),
+        ("inherit_lr_factor: 1", 1.0),
+        ("devices: 2", "2"),
+        ("devices: [0, 1]", "0,1"),
+        ("precision: 32", "32"),
+        ("distillers: CKD", {"CKD": {}}),
+        ("distillers: [CKD=0.1, ReviewKD]", {"CKD": {"weight": 0.1}, "ReviewKD": {}}),
+        ("distillers: {CKD: 1e-1, PKD: }", {"CKD": 0.1, "PKD": {}}),
+        ("distillers: {KD: {weight: 1e-1, x: 8}}", {"KD": {"weight": 0.1, "x": 8}}),
+        ("student_options: {box_score_thresh: 5e-2}", {"box_score_thresh": 0.05}),
+    ],
+)
+def test_values_of_a_yaml_file_are_read_as_they_are_meant(text, expected):
+    given = yaml.safe_load(text)
+    whole = {"output": "o", "student": "s", "train": ["a", "b"], "val": ["a", "b"]}
+    value = getattr(TrainingOptions.from_mapping(whole | given), next(iter(given)))
+    assert value == expected and type(value) is type(expected)
+
+
+def test_several_machines_share_the_batch(tiny_data, tmp_path):  # noqa: F811
+    trainer = build_trainer(options(tiny_data, tmp_path, nodes=2, batch_size=4), [])
+    assert (trainer.num_nodes, trainer.world_size) == (2, 2)
+    with pytest.raises(ConfigError, match="batch_size is 3 for 2 processes"):
+        build_trainer(options(tiny_data, tmp_path, nodes=2, batch_size=3), [])
+
+
+def test_more_processes_than_cores_are_refused(tiny_data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    two = options(tiny_data, tmp_path, accelerator="cpu", devices="2")
+    with pytest.raises(ConfigError, match="devices is 2, .* CPU of 1 cores"):
+        build_trainer(two, [])
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(0, 2), (1, 0)])
+def test_only_the_first_process_prints_the_results(
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    rank,
+    lines,
+):
+    from lightning.pytorch.utilities import rank_zero_only
+
+    results = {"bbox": {"AP": 31.0, "APs": math.nan}}
+    monkeypatch.setattr("kd_detectron.torchvision.training.train", lambda *_, **__: results)
+    monkeypatch.setattr(rank_zero_only, "rank", rank)
+    assert main(command(tiny_data, tmp_path)) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 def test_teachers_weights_must_fit_in_every_key(runs, tiny_data):  # noqa: F811
@@ -196,6 +247,18 @@ def test_teachers_weights_must_fit_in_every_key(runs, tiny_data):  # noqa: F811
         build_model(wrong, 8)
 
 
+def test_teacher_that_torchvision_has_trained_keeps_its_own_classes(tiny_data, monkeypatch):  # noqa: F811
+    given = {}
+
+    def build(name, num_classes, **_):
+        given[name] = num_classes
+
+    monkeypatch.setattr(training, "build_detector", build)
+    teacher = {"teacher": "fasterrcnn_resnet50_fpn", "teacher_weights": "COCO_V1"}
+    training.build_teacher(options(tiny_data, "unused", distillers={"PKD": {}}, **teacher), 8)
+    assert given == {"fasterrcnn_resnet50_fpn": None}
+
+
 def test_batches_are_a_function_of_seed_and_iteration_and_shared_out():
     whole = list(BatchesByIteration(7, 4, 5, seed=3))
     assert [len(batch) for batch in whole] == [4] * 5 and len(
@@ -207,12 +270,22 @@ def test_batches_are_a_function_of_seed_and_iteration_and_shared_out():
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(x) for x in whole]
 
 
-def test_data_numbers_classes_from_one_and_keeps_crowds_from_training(tmp_path):
+def coco_file(folder, annotations):
+    """Three images of 40x30 pixels, the classes cat (3) and dog (7), and these annotations."""
     from PIL import Image
 
     for number in range(3):
-        Image.new("RGB", (40, 30)).save(tmp_path / f"{number}.png")
-    images = [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(3)]
+        Image.new("RGB", (40, 30)).save(folder / f"{number}.png")
+    content = {
+        "images": [{"id": i, "file_name": f"{i}.png", "width": 40, "height": 30} for i in range(3)],
+        "annotations": annotations,
+        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
+    }
+    (folder / "a.json").write_text(json.dumps(content))
+    return folder / "a.json"
+
+
+def test_data_numbers_classes_from_one_and_keeps_crowds_from_training(tmp_path):
     box = {"area": 100, "iscrowd": 0, "segmentation": [[1, 1, 11, 1, 11, 11]]}
     annotations = [
         box | {"id": 1, "image_id": 0, "category_id": 7, "bbox": [1, 2, 10, 11]},
@@ -220,14 +293,9 @@ def test_data_numbers_classes_from_one_and_keeps_crowds_from_training(tmp_path):
         box | {"id": 3, "image_id": 1, "category_id": 3, "bbox": [5, 5, 9, 8], "iscrowd": 1},
     ]
     annotations[2]["segmentation"] = {"counts": [0, 1200], "size": [30, 40]}
-    content = {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}],
-    }
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    train_data = DetectionData(tmp_path / "a.json", tmp_path, training=True)
-    val = DetectionData(tmp_path / "a.json", tmp_path, training=False)
+    file = coco_file(tmp_path, annotations)
+    train_data = DetectionData(file, tmp_path, training=True)
+    val = DetectionData(file, tmp_path, training=False)
     assert val.class_names == ["cat", "dog"] and (len(train_data), len(val)) == (1, 3)
     image, target = val[0]
     assert image.dtype == torch.float32 and image.shape == (3, 30, 40)
@@ -236,19 +304,54 @@ def test_data_numbers_classes_from_one_and_keeps_crowds_from_training(tmp_path):
     assert val[2][1]["boxes"].shape == (0, 4) and val[2][1]["labels"].dtype == torch.long
 
 
+OBJECT = {"id": 1, "image_id": 0, "category_id": 7, "bbox": [1, 2, 10, 11]}
+
+
+def test_objects_without_iscrowd_or_area_are_no_crowd_and_as_large_as_their_box(tmp_path):
+    crowd = OBJECT | {"id": 2, "iscrowd": 1, "area": 50}
+    target = DetectionData(coco_file(tmp_path, [OBJECT, crowd]), tmp_path, training=True)[0][1]
+    assert target["iscrowd"].tolist() == [0, 1] and target["area"].tolist() == [110, 50]
+    assert len(trainable(target)["labels"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"category_id": 5}, ["id 1", "category_id 5", "categories"]),
+        ({"bbox": [1, 2, 3]}, ["id 1", "bbox [1, 2, 3]", "width"]),
+        ({"bbox": [1, 2, 3, "4"]}, ["id 1", "bbox [1, 2, 3, '4']", "width"]),
+        ({"segmentation": []}, ["id 1", "segmentation", "Mask R-CNN"]),
+    ],
+)
+def test_annotations_that_cannot_be_used_are_named(tmp_path, change, words):
+    file = coco_file(tmp_path, [OBJECT | change])
+    with pytest.raises(ConfigError) as error:
+        DetectionData(file, tmp_path, training=True, masks="segmentation" in change)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"annotations": [{}]}'])
+def test_file_that_is_not_in_coco_format_is_named(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(ConfigError, match="a.json is not in COCO format"):
+        DetectionData(tmp_path / "a.json", tmp_path, training=False)
+
+
+class InterruptsAreIgnored(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return signal.getsignal(signal.SIGINT) is signal.SIG_IGN, {}
+
+
+def test_interrupts_of_a_terminal_leave_the_processes_that_read_images():
+    (images, _), *_ = data_loader(InterruptsAreIgnored(), 1, 1, range(1))
+    assert images == [True]
+
+
 def test_short_names():
     assert short_name("fasterrcnn_resnet50_fpn_v2") == "R50"
     assert short_name("fasterrcnn_mobilenet_v3_large_320_fpn") == "MV3"
     assert short_name("fasterrcnn_mobilenet_v2_fpn", {"network": {"width_mult": 0.5}}) == "MV2x0.5"
     assert short_name("retinanet_regnet_y_400mf_fpn") == "regnet_y_400mf"
-
-
-def test_a_run_is_not_resumed_as_another_one(runs, tiny_data, tmp_path):  # noqa: F811
-    train(options(tiny_data, tmp_path, iterations=2))
-    (tmp_path / "result.json").unlink()
-    other = options(
-        tiny_data, tmp_path, iterations=4, distillers={"PKD": {}}, teacher_run=str(runs / "teacher")
-    )
-    with pytest.raises(ConfigError, match="holds another run.*KD.DISTILLERS"):
-        train(other)
-    train(options(tiny_data, tmp_path, iterations=4))

@@ -1,0 +1,249 @@
+"""Resuming a training on torchvision's detectors: where it goes on, and what is refused."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+import yaml
+from run_folders_torchvision import options, tiny_data  # noqa: F401
+
+from kd_detectron.errors import ConfigError
+from kd_detectron.runs.files import is_finished, read_metrics, read_result
+from kd_detectron.torchvision import main as command
+from kd_detectron.torchvision import training
+from kd_detectron.torchvision.training import train
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_data, tmp_path_factory):  # noqa: F811
+    """The folder of a run of four iterations, whose last is a checkpoint too."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    train(options(tiny_data, folder))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to be changed."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def logged(folder) -> list[tuple]:
+    """What does not depend on chance in ``metrics.json``: iterations, keys, learning rates."""
+    return [(x["iteration"], sorted(x), x.get("lr")) for x in read_metrics(folder)]
+
+
+def at_step(monkeypatch, step, what) -> None:
+    """Has ``what()`` called in the training step of this iteration, once."""
+    original, called = training.DetectionModule.training_step, []
+
+    def training_step(self, batch, index):
+        if self.global_step == step and not called:
+            called.append(step)
+            what()
+        return original(self, batch, index)
+
+    monkeypatch.setattr(training.DetectionModule, "training_step", training_step)
+
+
+def test_run_stopped_after_its_last_checkpoint_can_be_finished(run, finished, tiny_data):  # noqa: F811
+    (run / "result.json").unlink()
+    (run / "model_final.pth").unlink()
+    results = train(options(tiny_data, run))
+    assert results["bbox"]["AP"] == pytest.approx(read_result(finished)["results"]["bbox"]["AP"])
+    assert is_finished(run) and (run / "model_final.pth").is_file()
+    assert logged(run) == logged(finished)
+
+
+def test_finished_run_is_left_as_it_is(run, tiny_data):  # noqa: F811
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    train(options(tiny_data, run))
+    train(options(tiny_data, run, iterations=3))
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+def test_finished_run_of_another_model_is_not_returned(run, tiny_data):  # noqa: F811
+    with pytest.raises(ConfigError, match="holds another run.*DETECTOR"):
+        train(options(tiny_data, run, student="fasterrcnn_resnet18_fpn"))
+
+
+def test_more_iterations_extend_a_finished_run_as_if_it_had_had_them(
+    run,
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    def goes_down():
+        assert not (run / "result.json").exists() and not (run / "model_final.pth").exists()
+        raise RuntimeError("the machine went down")
+
+    whole = options(tiny_data, tmp_path / "whole", iterations=6)
+    train(whole)
+    at_step(monkeypatch, 5, goes_down)
+    longer = options(tiny_data, run, iterations=6)
+    with pytest.raises(RuntimeError, match="went down"):
+        train(longer)
+    train(longer)
+    assert read_result(run)["iterations"] == 6 and is_finished(run)
+    assert logged(run) == logged(tmp_path / "whole")
+
+
+def test_finished_run_without_a_checkpoint_is_not_begun_anew(run, tiny_data):  # noqa: F811
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(ConfigError, match="holds a finished run of 4 iterations and no"):
+        train(options(tiny_data, run, iterations=6))
+    assert is_finished(run)
+
+
+def test_command_prints_a_finished_run_without_objects_of_some_size(
+    run,
+    tiny_data,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
+    result = json.loads((run / "result.json").read_text())
+    result["results"]["bbox"]["APl"] = None
+    (run / "result.json").write_text(json.dumps(result))
+    monkeypatch.setattr(command, "read_options", lambda args: options(tiny_data, run))
+    assert command.main(["--resume"]) == 0
+    assert "APl nan" in capsys.readouterr().out
+
+
+def test_interrupted_run_goes_on_from_its_checkpoint(
+    finished,
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    def goes_down():
+        raise RuntimeError("the machine went down")
+
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 3, goes_down)
+    with pytest.raises(RuntimeError, match="went down"):
+        train(options(tiny_data, folder))
+    assert not (folder / "result.json").exists()
+    train(options(tiny_data, folder))
+    assert is_finished(folder) and read_result(folder)["iterations"] == 4
+    assert logged(folder) == logged(finished)
+    # Sampling and order are functions of seed and iteration; flips are not.
+    resumed, whole = (
+        next(x["loss_rpn_cls"] for x in read_metrics(x) if x["iteration"] == 3 and "lr" in x)
+        for x in (folder, finished)
+    )
+    assert resumed == pytest.approx(whole, rel=0.05)
+
+
+def test_losses_are_averaged_over_an_interruption(tiny_data, tmp_path, monkeypatch):  # noqa: F811
+    original = training.DetectionModule.training_step
+
+    def training_step(self, batch, index):
+        total = original(self, batch, index)
+        self.losses = {"loss_cls": float(self.global_step)}
+        if self.global_step == 0 and not (tmp_path / "checkpoints").exists():
+            signal.raise_signal(signal.SIGINT)
+        return total
+
+    monkeypatch.setattr(training.DetectionModule, "training_step", training_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(options(tiny_data, tmp_path, iterations=2))
+    train(options(tiny_data, tmp_path, iterations=2))
+    assert read_metrics(tmp_path)[0]["loss_cls"] == 0.5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_command_with_a_checkpoint_of_its_iteration(
+    finished,
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+    number,
+):
+    handler, folder = signal.getsignal(number), tmp_path / "run"
+    at_step(monkeypatch, 0, lambda: signal.raise_signal(number))
+    monkeypatch.setattr(command, "read_options", lambda args: options(tiny_data, folder))
+    assert command.main([]) == 75
+    assert "the same command with --resume continues" in capsys.readouterr().out
+    assert signal.getsignal(number) is handler
+    checkpoint = torch.load(folder / training.LAST_CHECKPOINT, weights_only=False)
+    assert checkpoint["global_step"] == 1
+    assert command.main(["--resume"]) == 0
+    assert logged(folder) == logged(finished)
+
+
+def test_evaluation_that_was_interrupted_is_done_when_the_run_goes_on(
+    finished,
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    original = training.DetectionModule.validation_step
+
+    def validation_step(self, batch, index):
+        if self.trainer.world_size == 1 and not (tmp_path / "seen").exists():
+            (tmp_path / "seen").touch()
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, batch, index)
+
+    monkeypatch.setattr(training.DetectionModule, "validation_step", validation_step)
+    folder = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(options(tiny_data, folder))
+    assert not any("bbox/AP" in record for record in read_metrics(folder))
+    train(options(tiny_data, folder))
+    assert logged(folder) == logged(finished)
+
+
+def run_of(folder, first) -> None:
+    """A folder of which only the config is of interest."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(first.config(8)))
+
+
+TEACHER = {"teacher": "fasterrcnn_resnet18_fpn", "teacher_weights": "teacher.pth"}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "key"),
+    [
+        ({}, {"distillers": {"PKD": {}}, **TEACHER}, "KD.DISTILLERS"),
+        ({}, {"student_options": {"min_size": 96}}, "MODEL.TORCHVISION.OPTIONS.min_size"),
+        (
+            {"student_options": {}},
+            {"student_options": {"min_size": 64}},
+            "MODEL.TORCHVISION.OPTIONS.min_size",
+        ),
+        (
+            {"distillers": {"ReviewKD": 1.0}, **TEACHER},
+            {"distillers": {"ReviewKD": {"mid_channels": 8}}, **TEACHER},
+            "KD.REVIEWKD.MID_CHANNELS",
+        ),
+        (TEACHER, {"teacher_options": {"min_size": 96}, **TEACHER}, "KD.TEACHER.OPTIONS.min_size"),
+    ],
+)
+def test_a_run_is_not_resumed_as_another_one(tiny_data, tmp_path, before, now, key):  # noqa: F811
+    run_of(tmp_path, options(tiny_data, tmp_path, **before))
+    with pytest.raises(ConfigError, match=f"holds another run.*{key}"):
+        train(options(tiny_data, tmp_path, **now))
+
+
+def test_a_run_is_not_resumed_on_other_data_of_the_same_name(run, tiny_data, tmp_path):  # noqa: F811
+    moved = shutil.copytree(tiny_data, tmp_path / "elsewhere")
+    train(options(moved, run))
+    content = json.loads((moved / "train.json").read_text())
+    content["images"].pop()
+    (moved / "train.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="holds another run.*DATASETS.TRAIN"):
+        train(options(moved, run))
+
+
+def test_a_run_of_an_earlier_version_goes_on(run, tiny_data):  # noqa: F811
+    (run / "result.json").unlink()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["DATASETS"]["TRAIN_SHA256"]  # as earlier versions wrote it
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    train(options(tiny_data, run, iterations=5))
+    assert read_result(run)["iterations"] == 5
