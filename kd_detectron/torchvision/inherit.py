@@ -6,7 +6,7 @@ from torch import nn
 
 from kd_detectron.inherit import inherit
 
-from .anatomy import anchor_generator_of, read_anatomy
+from .anatomy import read_anatomy
 
 # With "auto", each of these is inherited as a whole where it fits, and each child of the ROI heads.
 _PARTS = ("backbone.fpn", "rpn.head", "head")
@@ -21,15 +21,15 @@ def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) 
         student: the detector that they are copied into.
         teacher: the detector that they are copied from.
     """
-    own = student.state_dict()
+    tensors = student.state_dict()
     heads = getattr(student, "roi_heads", nn.Module())
     names = [*_PARTS, *(f"roi_heads.{name}" for name, _ in heads.named_children())]
 
     def why_not(module: str, fitting: Sequence[str]) -> str:
-        levels = [read_anatomy(model, "detector").levels for model in (student, teacher)]
-        if module in _PARTS and levels[0] != levels[1]:
+        own, others = (read_anatomy(model, "detector") for model in (student, teacher))
+        if module in _PARTS and own.levels != others.levels:
             return "its levels are others"
-        if module in ("rpn.head", "head") and _anchors(student) != _anchors(teacher):
+        if module in ("rpn.head", "head") and own.anchors != others.anchors:
             return "its anchors are others"
         if module.endswith("_predictor"):
             if module.replace("_predictor", "_head") not in fitting:
@@ -41,14 +41,9 @@ def inherit_parts(parts: Sequence[str], student: nn.Module, teacher: nn.Module) 
 
     return inherit(
         parts,
-        own,
+        tensors,
         teacher.state_dict(),
-        modules=[x for x in names if any(key.startswith(f"{x}.") for key in own)],
+        modules=[x for x in names if any(key.startswith(f"{x}.") for key in tensors)],
         why_not=why_not,
         key="inherit",
     )
-
-
-def _anchors(model: nn.Module) -> list:
-    generator = anchor_generator_of(model)
-    return [list(map(tuple, values)) for values in (generator.sizes, generator.aspect_ratios)]
