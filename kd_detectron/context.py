@@ -10,8 +10,7 @@ foreground classes (logits have the background in their last column), C feature 
 box-feature channels, M mask pixels per side, A anchors per location. Boxes are XYXY, input pixels.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -138,26 +137,3 @@ class DistillationContext:
     targets: torch.Tensor | None = None
     box_targets: torch.Tensor | None = None
     mask_classes: torch.Tensor | None = None
-
-
-def half_precision(device: torch.device) -> torch.dtype:
-    """The half precision that a device computes in: bfloat16, or float16 where it is emulated.
-
-    GPUs older than Ampere emulate bfloat16, slower than float32.
-    """
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
-
-
-@contextmanager
-def teacher_precision(device: torch.device, *, amp: bool) -> Iterator[None]:
-    """How a frozen teacher is run: without gradient, and in a precision of its own.
-
-    Args:
-        device: where it runs.
-        amp: half precision on CUDA; on the CPU, where few machines have it, as the student.
-    """
-    # A teacher in full precision must not inherit the student's autocast.
-    enabled = amp and (device.type == "cuda" or torch.is_autocast_enabled(device.type))
-    with torch.no_grad(), torch.autocast(device.type, half_precision(device), enabled=enabled):
-        yield

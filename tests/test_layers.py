@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 # Each part may import those of the lines above its own.
 LAYERS = (
     ("errors", "atomic_files"),
-    ("learning_rate",),
+    ("learning_rate", "precision"),
     ("commands", "context", "inherit", "taps", "losses", "data", "backbones"),
     ("distillers", "runs"),
     ("config",),
@@ -28,6 +28,7 @@ WITHOUT_DETECTRON2 = (
     "errors",
     "atomic_files",
     "learning_rate",
+    "precision",
     "commands",
     "context",
     "inherit",

@@ -10,6 +10,7 @@ iteration and the images named, and the last checkpoint intact.
 """
 
 import contextlib
+import logging
 import math
 import time
 from collections import defaultdict
@@ -21,7 +22,9 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_detectron.errors import ConfigError, NonFiniteLossError
-from kd_detectron.modeling.precision import PRECISIONS
+from kd_detectron.precision import PRECISIONS, slow_precision
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainLoop(SimpleTrainer):
@@ -65,6 +68,8 @@ class DistillationTrainLoop(SimpleTrainer):
                 "SOLVER.AMP.PRECISION is 'fp16' but MODEL.DEVICE is 'cpu', which has no loss "
                 "scaling; set SOLVER.AMP.PRECISION bf16 or SOLVER.AMP.ENABLED False"
             )
+        if warning := slow_precision(cfg):
+            logger.warning(warning)
         return cls(
             model,
             data_loader,

@@ -28,9 +28,9 @@ from detectron2.structures import ImageList
 from torch import nn
 
 from kd_detectron.config import add_kd_config
-from kd_detectron.context import teacher_precision
 from kd_detectron.distillers.base import ModelSpec
 from kd_detectron.errors import ConfigError
+from kd_detectron.precision import teacher_precision
 
 from .fold import channels_last_on_cpu, fold_batch_norm
 from .taps import StudentTaps, box_head_of, rpn_outputs_by_level

@@ -20,7 +20,7 @@ from detectron2.utils.events import EventStorage
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.fold import channels_last_on_cpu
-from kd_detectron.modeling.precision import PRECISIONS
+from kd_detectron.precision import PRECISIONS
 
 from .timing import DISTILLED, SEED, STUDENT, measure, random_boxes
 

@@ -21,12 +21,11 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from kd_detectron.config import get_config
-from kd_detectron.context import half_precision
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.modeling.frozen_teacher import FrozenTeacherStep
-from kd_detectron.modeling.precision import PRECISIONS
+from kd_detectron.precision import PRECISIONS, half_precision
 from kd_detectron.profiling.benchmark import (
     Step,
     autocast_options,

@@ -198,6 +198,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name in args.imports:
             import_user_code(name)
         study = load_study(args.study, args.output)
+        for warning in {run.warning for run in study.runs if run.warning and not run.finished}:
+            print(f"warning: {warning} (opts: of the study file)", file=sys.stderr)
         failed = run_study(study, args.jobs, args.imports)
         report(study)
         if args.write_expected:

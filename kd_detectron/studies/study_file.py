@@ -20,6 +20,7 @@ import yaml
 
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.precision import slow_precision
 from kd_detectron.runs.files import CONFIG, is_finished, read_config, read_metrics
 from kd_detectron.runs.groups import experiment
 from kd_detectron.runs.run import Run, load_run
@@ -36,6 +37,7 @@ class StudyRun:
     """One training of a study.
 
     ``teacher_weights`` is the checkpoint that it distils or inherits from; empty without a teacher.
+    ``warning`` says why it will be slow on this machine, if it will.
     """
 
     name: str
@@ -44,6 +46,7 @@ class StudyRun:
     opts: list = field(default_factory=list)
     max_iter: int = 0
     teacher_weights: str = ""
+    warning: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -102,6 +105,7 @@ def load_study(file: str, output: str | None = None) -> Study:
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
             run.max_iter = cfg.SOLVER.MAX_ITER
+            run.warning = slow_precision(cfg)
             if cfg.KD.ENABLED and (cfg.KD.DISTILLERS or cfg.KD.TEACHER.INHERIT):
                 run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
             if run.finished:

@@ -14,8 +14,8 @@ import contextlib
 import torch
 from torch import nn
 
-from kd_detectron.context import teacher_precision
 from kd_detectron.errors import ConfigError
+from kd_detectron.precision import teacher_precision
 
 from .anatomy import Anatomy, features_of, read_anatomy
 from .conventions import background_last, renormalize, rows_of_anchors, without_background

@@ -27,6 +27,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from kd_detectron.atomic_files import atomic_open
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.learning_rate import scale_learning_rate
+from kd_detectron.precision import slow_bfloat16
 from kd_detectron.runs import files
 from kd_detectron.runs.same_run import compare_with_run, config_of_run
 
@@ -35,6 +36,8 @@ from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
 from .models import build_detector
 from .options import FINAL_WEIGHTS, TrainingOptions
+
+logger = logging.getLogger(__name__)
 
 _CHECKSUM = "TRAIN_SHA256"  # in config.yaml, of the annotation file
 # What Lightning raises where it cannot have the devices.
@@ -258,11 +261,16 @@ def build_trainer(options: TrainingOptions, callbacks: list[Callback]) -> lightn
             f"accelerator '{options.accelerator}' with devices '{devices}' cannot be had from "
             f"Lightning: {' '.join(str(error).split())}"
         ) from error
-    cores = os.cpu_count() or 1
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > cores:
-        raise ConfigError(
-            f"devices is {devices}, one process each, on a CPU of {cores} cores; give at most these"
-        )
+    if isinstance(trainer.accelerator, CPUAccelerator):
+        cores = os.cpu_count() or 1
+        if trainer.num_devices > cores:
+            raise ConfigError(
+                f"devices is {devices}, one process each, on a CPU of {cores} cores; give at most "
+                "these"
+            )
+        warning = slow_bfloat16(f"precision is '{options.precision}'", "precision 32-true")
+        if warning and options.precision.startswith("bf16"):
+            logger.warning(warning)
     if options.batch_size % trainer.world_size:
         raise ConfigError(
             f"batch_size is {options.batch_size} for {trainer.world_size} processes; give a "

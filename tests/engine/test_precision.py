@@ -5,10 +5,11 @@ import torch
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import all_distillers, distilled_cfg, every_distiller_cfg, tiny_batch
+from torch import nn
 
-from kd_detectron.context import half_precision
 from kd_detectron.engine.train_loop import DistillationTrainLoop
 from kd_detectron.errors import ConfigError
+from kd_detectron.precision import half_precision
 
 BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
 
@@ -123,3 +124,28 @@ def test_teacher_on_a_gpu_that_emulates_bfloat16_runs_in_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     assert half_precision(torch.device("cuda")) is torch.float16
     assert half_precision(torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("machine", "instructions", "opts", "warned"),
+    [
+        ("x86_64", "AVX2", BFLOAT16, True),
+        ("x86_64", "DEFAULT", BFLOAT16, True),
+        ("x86_64", "AVX512", BFLOAT16, False),
+        ("aarch64", "DEFAULT", BFLOAT16, False),
+        ("x86_64", "AVX2", [], False),
+    ],
+)
+def test_bfloat16_on_a_cpu_that_is_slow_in_it_is_warned_of(
+    tmp_path, monkeypatch, caplog, machine, instructions, opts, warned
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    model = nn.Linear(1, 1)
+    cfg = distilled_cfg(tmp_path, opts=opts)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    DistillationTrainLoop.from_config(cfg, model, [tiny_batch()], optimizer)
+    assert [record.getMessage() for record in caplog.records] == warned * [
+        f"SOLVER.AMP.PRECISION is 'bf16', but this CPU ({instructions}, without AVX-512) is many "
+        "times slower in bfloat16 than in float32; set SOLVER.AMP.ENABLED False"
+    ]

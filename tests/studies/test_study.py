@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from tiny import NUM_CLASSES, tiny_cfg
 
 from kd_detectron.config import config_dir, get_config
@@ -275,6 +276,17 @@ def test_finished_runs_are_skipped_failed_ones_named_and_a_table_ends_it(
     assert studies.main([str(study_file)]) == 1
     printed = capsys.readouterr().out
     assert "good/seed1: box AP is" in printed and "expected 90.0 to 95.0" in printed
+
+
+def test_study_whose_trainings_are_slow_in_bfloat16_warns_once(study_file, monkeypatch, capsys):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(studies, "run_study", lambda *args: [])
+    content = study_file.read_text()
+    study_file.write_text(content + "opts: [SOLVER.AMP.ENABLED, True, SOLVER.AMP.PRECISION, bf16]")
+    assert studies.main([str(study_file)]) == 0
+    printed = capsys.readouterr().err
+    assert printed.count("warning: ") == printed.count("set SOLVER.AMP.ENABLED False") == 1
 
 
 def heed_interrupts():

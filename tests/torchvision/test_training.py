@@ -215,6 +215,27 @@ def test_more_processes_than_cores_are_refused(tiny_data, tmp_path, monkeypatch)
         build_trainer(two, [])
 
 
+@pytest.mark.parametrize(
+    ("instructions", "precision", "warned"),
+    [("AVX2", "bf16-mixed", True), ("AVX512", "bf16-mixed", False), ("AVX2", "32-true", False)],
+)
+def test_bfloat16_on_a_cpu_that_is_slow_in_it_is_warned_of(
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    caplog,
+    instructions,
+    precision,
+    warned,
+):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    build_trainer(options(tiny_data, tmp_path, accelerator="cpu", precision=precision), [])
+    found = [r.getMessage() for r in caplog.records if "bfloat16" in r.getMessage()]
+    assert len(found) == warned
+    assert all("'bf16-mixed'" in text and "set precision 32-true" in text for text in found)
+
+
 @pytest.mark.parametrize(("rank", "lines"), [(0, 2), (1, 0)])
 def test_only_the_first_process_prints_the_results(
     tiny_data,  # noqa: F811
