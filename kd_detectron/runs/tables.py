@@ -243,6 +243,32 @@ def build_table(
     return ResultTable(rows, list(dict.fromkeys(notes)))
 
 
+def differences(methods: Mapping[str, Sequence[Run]], against: Mapping[str, str]) -> str:
+    """A Markdown table of the difference in AP between rows, paired by seed.
+
+    Args:
+        methods: the runs (seeds) by the name of their row.
+        against: the row that another one is compared with, by that one's name.
+
+    Returns:
+        The table; for each pair and task the mean difference with its 95 % confidence interval and
+        the number of shared seeds in which it is positive. Rows that are not in ``methods`` are
+        left out.
+    """
+    lines = []
+    for name, other in against.items():
+        for task, label in TASKS.items():
+            own, base = (_ap_by_seed(methods.get(row, ()), task) for row in (name, other))
+            gains = [own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())]
+            if not gains:
+                continue
+            estimate = _shown("gain", ratio_with_interval(gains, [1.0] * len(gains)))
+            positive = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+            lines.append([name, other, label, estimate, positive])
+    headers = ["row", "against", "AP", "difference", "seeds in which it is higher"]
+    return tabulate(lines, headers, tablefmt="pipe", disable_numparse=True) if lines else ""
+
+
 def _detector_of_file(teacher: Run, detectors: set[str]) -> str:
     """The table's detector; in a mixed table box AP alone is that of a Faster R-CNN."""
     if len(detectors) == 1:

@@ -166,7 +166,12 @@ def report(study: Study) -> None:
         return
     teacher = own.path if own else teacher_of_others(study)
     folder, published = study.output, published_numbers()
-    print(write_table_and_curves(folder, students, teacher=teacher, published=published))
+    against = {run.name: run.against for run in study.runs if run.against}
+    print(
+        write_table_and_curves(
+            folder, students, teacher=teacher, published=published, against=against
+        )
+    )
     # Detections of the first run of each combination of distillers.
     first = {runs[0].method: (runs[0].path, name) for name, runs in reversed(students.items())}
     folders, labels = zip(*reversed(first.values()), strict=True)

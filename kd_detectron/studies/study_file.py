@@ -26,7 +26,7 @@ from kd_detectron.runs.groups import experiment
 from kd_detectron.runs.run import Run, load_run
 
 DEFAULT_KEYS = {"config": str, "seeds": list, "opts": list}
-RUN_KEYS = {"name": str, **DEFAULT_KEYS}
+RUN_KEYS = {"name": str, "against": str, **DEFAULT_KEYS}
 OWN_KEYS = {"output": str, "opts": list, "expected": str}
 STUDY_KEYS = {"defaults": dict, "runs": list, **OWN_KEYS}
 PART_KEYS = {"part_of": str, "only": list, "seeds": list, **OWN_KEYS}
@@ -37,7 +37,8 @@ class StudyRun:
     """One training of a study.
 
     ``teacher_weights`` is the checkpoint that it distils or inherits from; empty without a teacher.
-    ``warning`` says why it will be slow on this machine, if it will.
+    ``against`` is the row that it is compared with beside the baseline, if any. ``warning`` says
+    why it will be slow on this machine, if it will.
     """
 
     name: str
@@ -46,6 +47,7 @@ class StudyRun:
     opts: list = field(default_factory=list)
     max_iter: int = 0
     teacher_weights: str = ""
+    against: str = ""
     warning: str | None = None
 
     @property
@@ -99,6 +101,7 @@ def load_study(file: str, output: str | None = None) -> Study:
                 config=entry["config"],
                 folder=folder / entry["name"] / ("" if seed is None else f"seed{seed}"),
                 opts=[*opts, *([] if seed is None else ["SEED", str(seed)])],
+                against=entry.get("against", ""),
             )
             try:
                 cfg = get_config(run.config, run.opts)
@@ -167,6 +170,13 @@ def _runs(content: dict, where: str) -> list[dict]:
             raise ConfigError(f"{where}, run '{entry['name']}' has no config; add it")
         run["opts"] = [v for part in (content, defaults, entry) for v in part.get("opts", [])]
         runs.append(run)
+    for run in runs:
+        if run.get("against", run["name"]) not in names:
+            near = did_you_mean(run["against"], names)
+            raise ConfigError(
+                f"{where}, run '{run['name']}': against is '{run['against']}', none of its "
+                f"runs{near}"
+            )
     return runs
 
 

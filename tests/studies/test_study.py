@@ -119,6 +119,7 @@ RUN_B = "{name: b, config: demo/baseline.yaml}"
         ("part_of: demo.yaml\nexpected: none.json", ["expected", "output", "demo.yaml"]),
         ("part_of: bccd_mv2.yaml\nseeds: [9]", ["seeds is [9]", "baseline", "[1, 2]"]),
         (f"runs: [{RUN}, {RUN_B}, {RUN}]", ["2 runs named 'a'"]),
+        (f"runs: [{RUN_B}, {RUN[:-1]}, against: c}}]", ["run 'a'", "against is 'c'", "b"]),
         ("runs: []", ["no runs"]),
         ("", ["no runs"]),
         ("runs: 3", ["runs is 3", "a list"]),
