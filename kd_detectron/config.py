@@ -54,8 +54,9 @@ def add_kd_config(cfg: CfgNode) -> None:
     # behind the backbone's bottom-up network (FPN, RPN, heads). MODEL.WEIGHTS, which is loaded
     # afterwards, should name a backbone alone.
     cfg.KD.TEACHER.INHERIT = []
-    # The learning rate of the inherited parts, relative to that of the others; 0 leaves them as the
-    # teacher's. Small where the backbone has yet to learn the teacher's features.
+    # The learning rate of the inherited parts, relative to that of the others; 0 leaves their
+    # weights as the teacher's (BatchNorm statistics follow the student's maps). Small where the
+    # backbone has yet to learn the teacher's features.
     cfg.KD.TEACHER.INHERIT_LR_FACTOR = 1.0
     # Extra KEY VALUE overrides for the teacher's config, in one flat list.
     cfg.KD.TEACHER.OPTS = []

@@ -23,7 +23,7 @@ from detectron2.config import CfgNode
 from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.export import TracingAdapter
-from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling import GeneralizedRCNN, PanopticFPN
 from detectron2.structures import Instances
 from torch import nn
 
@@ -124,6 +124,11 @@ def _ready_to_trace(
     """Returns the student ready to trace, the image (3, H, W), the model's detections on it, and
     what :func:`interface` says."""
     cfg, model = load_plain_student(checkpoint, cfg)
+    if isinstance(model, PanopticFPN):
+        raise ConfigError(
+            f"MODEL.META_ARCHITECTURE of '{checkpoint}' is PanopticFPN, which has no export as "
+            "TorchScript or ONNX; leave out --format, or export a Faster or Mask R-CNN or RetinaNet"
+        )
     try:
         pixels = read_image(image, format=cfg.INPUT.FORMAT)
     except OSError as error:

@@ -77,6 +77,34 @@ def read_categories(path: str | os.PathLike, title: str) -> list[dict]:
         raise ConfigError(f"{title} '{path}' has categories without sound id or name") from error
 
 
+def name_keypoints(names: Sequence[str]) -> None:
+    """Gives datasets the names of their keypoints, which flipped images need, from their files.
+
+    Two keypoints whose names differ in "left" and "right" change places in a flipped image.
+    Datasets that have names already, such as Detectron2's COCO, stay as they are.
+
+    Raises:
+        ConfigError: no category of a dataset's file lists "keypoints".
+    """
+    for name in names:
+        metadata = MetadataCatalog.get(name)
+        path = metadata.get("json_file")
+        if metadata.get("keypoint_names") or not path:
+            continue
+        categories = read_coco(path, f"the annotation file of '{name}'")["categories"]
+        points = next((entry["keypoints"] for entry in categories if entry.get("keypoints")), None)
+        if points is None:
+            raise ConfigError(
+                f"MODEL.KEYPOINT_ON is True, but no category in '{absolute(path)}' lists the names "
+                f'of its keypoints; add "keypoints": ["left_eye", ...] to it, or set '
+                f"MetadataCatalog.get('{name}').keypoint_names and keypoint_flip_map in a file "
+                "given to --import"
+            )
+        pairs = [(point, point.replace("left", "right")) for point in points if "left" in point]
+        metadata.keypoint_names = list(points)
+        metadata.keypoint_flip_map = [pair for pair in pairs if pair[1] in points]
+
+
 def is_usable_box(box: Sequence[float], width: int, height: int) -> bool:
     """Whether a box has an area and a pixel inside its image; Detectron2 clips what is outside.
 

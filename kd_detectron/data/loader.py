@@ -36,6 +36,7 @@ from detectron2.utils.serialize import PicklableWrapper
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from kd_detectron.data.coco_format import name_keypoints
 from kd_detectron.errors import ConfigError, CorruptImageError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ def build_train_loader(
         min_keypoints=min_keypoints if cfg.MODEL.KEYPOINT_ON else 0,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
+    if cfg.MODEL.KEYPOINT_ON:
+        name_keypoints(cfg.DATASETS.TRAIN)
     return ResumableLoader(
         dataset_dicts,
         mapper if mapper is not None else DatasetMapper(cfg, is_train=True),

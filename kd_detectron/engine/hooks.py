@@ -1,6 +1,7 @@
 """Trainer hooks: what distillation adds around Detectron2's own."""
 
 import contextlib
+import glob
 import logging
 import math
 import os
@@ -11,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
@@ -55,6 +56,40 @@ class TeacherGuard(HookBase):
         logger.info("The teacher is unchanged (sha256 %s...)", self._fingerprint[:12])
 
 
+class EvaluateTrained(hooks.EvalHook):
+    """Detectron2's, which would also evaluate after a training that failed in its last iteration.
+
+    There an evaluation hides the error, and waits for ever where one of several processes failed.
+    """
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
+class KeepNewest(HookBase):
+    """Removes all but the newest ``model_<iteration>.pth`` after each periodic checkpoint.
+
+    Those that a signal or an earlier start of the run left count too, which Detectron2's own
+    ``max_to_keep`` forgets. Other files are left alone.
+
+    Args:
+        folder: ``OUTPUT_DIR``.
+        period: ``SOLVER.CHECKPOINT_PERIOD``.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: str, period: int, keep: int):
+        self._pattern = os.path.join(glob.escape(folder), f"model_{'[0-9]' * 7}.pth")
+        self._period = period
+        self._keep = keep
+
+    def after_step(self) -> None:
+        if (self.trainer.iter + 1) % self._period == 0:
+            for path in sorted(glob.glob(self._pattern), key=os.path.getmtime)[: -self._keep]:
+                os.remove(path)
+
+
 class KeepBest(HookBase):
     """Writes ``model_best.pth`` after each evaluation whose result is better than all before.
 
@@ -77,9 +112,14 @@ class KeepBest(HookBase):
     def before_train(self) -> None:
         path = os.path.join(self._checkpointer.save_dir, "model_best.pth")
         if self.trainer.start_iter and os.path.isfile(path):
-            saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            if saved["iteration"] < self.trainer.start_iter:
-                self._best = saved.get("best", {}).get(self._metric, -math.inf)
+            try:
+                saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                iteration, best = saved["iteration"], saved.get("best", {})
+            except Exception as error:  # A damaged file can fail in any way.
+                logger.warning("%s cannot be read and will be replaced: %s", path, error)
+                return
+            if iteration < self.trainer.start_iter:
+                self._best = best.get(self._metric, -math.inf)
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1  # as EvalHook counts
@@ -241,6 +281,8 @@ class StopOnSignal(HookBase):
         if received and not last:
             if comm.is_main_process():
                 self._save()
+            # A parent process kills the others soon after the first one has left.
+            comm.synchronize()
             raise Interrupted(received, self.trainer.iter)
 
     def _save(self) -> None:

@@ -4,9 +4,12 @@ A mistake of the user ends in one sentence and exit code 2 (``--debug`` shows th
 failed training in one sentence and exit code 1.
 """
 
+import contextlib
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.engine import launch
@@ -27,14 +30,16 @@ def start(args, run: Callable) -> int:
             join_torchrun()
             run_process(args, run)
         else:
-            launch(
-                run_process,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args, run),
-            )
+            several = args.num_gpus * args.num_machines > 1
+            with signals_for_children() if several else contextlib.nullcontext():
+                launch(
+                    run_process,
+                    args.num_gpus,
+                    num_machines=args.num_machines,
+                    machine_rank=args.machine_rank,
+                    dist_url=args.dist_url,
+                    args=(args, run),
+                )
     except ProcessExitedException as error:
         if error.signal_name is None:  # The process has printed its own error.
             return error.exit_code
@@ -47,6 +52,31 @@ def start(args, run: Callable) -> int:
     except SystemExit as stop:
         return stop.code
     return 0
+
+
+@contextlib.contextmanager
+def signals_for_children() -> Iterator[None]:
+    """Inside, SIGTERM and SIGINT have the child processes stop in order, and this one waits.
+
+    If it died first, its children would be ended before their checkpoint is written. Before there
+    are children a signal ends this process as usual.
+    """
+
+    def forward(number, frame) -> None:
+        children = multiprocessing.active_children()
+        if not children:
+            signal.signal(number, previous[number])
+            os.kill(os.getpid(), number)
+        for child in children:
+            child.terminate()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = {number: signal.signal(number, forward) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def run_process(args, run: Callable) -> None:

@@ -7,7 +7,6 @@ accumulation and bfloat16. The training step itself is ``DistilledRCNN.forward``
 ``train_loop.py``.
 """
 
-import glob
 import logging
 import os
 import weakref
@@ -27,6 +26,8 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,13 +35,15 @@ from kd_detectron.checkpoint import DistillationCheckpointer, export_student
 from kd_detectron.data.loader import ResumableLoader, build_train_loader
 from kd_detectron.errors import ConfigError
 from kd_detectron.learning_rate import scale_learning_rate
-from kd_detectron.modeling.fold import channels_last_on_cpu
+from kd_detectron.modeling.autocast import prepare_for_autocast
 from kd_detectron.preflight.evaluation import evaluator_type
 from kd_detectron.runs.files import forget_metrics_from, is_finished
 
 from .hooks import (
+    EvaluateTrained,
     ExportStudent,
     KeepBest,
+    KeepNewest,
     StepSeed,
     StopOnSignal,
     TeacherGuard,
@@ -51,6 +54,10 @@ from .train_loop import DistillationTrainLoop
 from .weight_average import WeightAverage
 
 logger = logging.getLogger(__name__)
+
+# The running number of positive anchors that RetinaNet's and FCOS's losses are divided by: a plain
+# attribute of Detectron2's dense detectors, in no state_dict.
+_NORMALIZER = "loss_normalizer"
 
 
 class DistillationTrainer(DefaultTrainer):
@@ -77,7 +84,7 @@ class DistillationTrainer(DefaultTrainer):
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         model = self.build_model(cfg)
         if cfg.SOLVER.AMP.ENABLED:
-            channels_last_on_cpu(model.backbone)
+            prepare_for_autocast(model)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         distributed = create_ddp_model(
@@ -118,11 +125,13 @@ class DistillationTrainer(DefaultTrainer):
         """Loads the last checkpoint of ``OUTPUT_DIR`` (if ``resume``) or ``MODEL.WEIGHTS``.
 
         A resumed run continues with weights, optimizer, schedule, iteration, distiller parameters,
-        seed and data order of the interrupted one.
+        seed and data order of the interrupted one; a changed ``SOLVER.BASE_LR``, weight decay or
+        momentum is that of the config.
 
         Raises:
             ConfigError: what is to be resumed is beyond ``SOLVER.MAX_ITER``, or no checkpoint fits.
         """
+        groups = [dict(group) for group in self.optimizer.param_groups]
         super().resume_or_load(resume=resume)
         if self.start_iter > self.max_iter:
             raise ConfigError(
@@ -130,6 +139,7 @@ class DistillationTrainer(DefaultTrainer):
                 f"'{self.cfg.OUTPUT_DIR}' has done {self.start_iter} iterations; raise it to go on "
                 "with this run, or give another OUTPUT_DIR"
             )
+        self._set_optimizer_options(groups)
         self._step_seed.seed = self.seed
         if isinstance(self.data_loader, ResumableLoader):
             self.data_loader.seek(self.seed, self.start_iter * self.cfg.SOLVER.ACCUMULATE_STEPS)
@@ -140,6 +150,23 @@ class DistillationTrainer(DefaultTrainer):
             )
         if not self.finished and comm.is_main_process():
             forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
+
+    def _set_optimizer_options(self, groups: list[dict]) -> None:
+        """Gives the optimizer the options of the config, where a checkpoint had others.
+
+        Args:
+            groups: its parameter groups before the checkpoint was loaded.
+        """
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            for key in ("initial_lr", "weight_decay", "momentum"):
+                if key in own:
+                    group[key] = own[key]
+        # Other schedulers, of a user's own, go on with the rates that they had.
+        if self.start_iter and isinstance(self.scheduler, LRMultiplier):
+            self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
+            rates = self.scheduler.get_lr()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     @property
     def finished(self) -> bool:
@@ -157,19 +184,17 @@ class DistillationTrainer(DefaultTrainer):
         teacher = getattr(model, "teacher", None)
         stop = StopOnSignal(self.checkpointer)
         ret = super().build_hooks()
-        keep = cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+        period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SOLVER.CHECKPOINT_MAX_TO_KEEP
+        if period < 1:
+            raise ConfigError(
+                f"SOLVER.CHECKPOINT_PERIOD is {period}; give the iterations from one checkpoint to "
+                "the next, 1 or more"
+            )
         if keep < 0:
             raise ConfigError(
                 f"SOLVER.CHECKPOINT_MAX_TO_KEEP is {keep}; give how many checkpoints to keep, or 0 "
                 "for all of them"
             )
-        for hook in ret:
-            if isinstance(hook, hooks.PeriodicCheckpointer) and keep:
-                hook.max_to_keep = keep
-                # Those of the run that is resumed count as well; other files are not ours.
-                if self.checkpointer.has_checkpoint():
-                    pattern = os.path.join(glob.escape(cfg.OUTPUT_DIR), f"model_{'[0-9]' * 7}.pth")
-                    hook.recent_checkpoints = sorted(glob.glob(pattern))
         # Detectron2 ends its list with the evaluation and, on the main process, the writer:
         # whatever is put into the storage must come before that.
         writer = []
@@ -199,9 +224,11 @@ class DistillationTrainer(DefaultTrainer):
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
 
-        ret += [hooks.EvalHook(cfg.TEST.EVAL_PERIOD, evaluate)]
+        if keep and comm.is_main_process():
+            ret.append(KeepNewest(cfg.OUTPUT_DIR, period, keep))
+        ret += [EvaluateTrained(cfg.TEST.EVAL_PERIOD, evaluate)]
         if cfg.TEST.AUG.ENABLED:
-            ret.append(hooks.EvalHook(0, evaluate_with_augmentation))
+            ret.append(EvaluateTrained(0, evaluate_with_augmentation))
         if getattr(model, "distillers", None):
             ret.append(DistillationSchedule(model, cfg.KD.SCHEDULE, self.max_iter))
         if teacher is not None:
@@ -225,8 +252,11 @@ class DistillationTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict:
         # After the last step Detectron2 counts one further, and a resume would skip an iteration.
-        iteration = min(self.iter, self.max_iter - 1)
-        return super().state_dict() | {"seed": self.seed, "iteration": iteration}
+        state = {"seed": self.seed, "iteration": min(self.iter, self.max_iter - 1)}
+        model = unwrap(self.model)
+        if isinstance(model, DenseDetector) and hasattr(model, _NORMALIZER):
+            state[_NORMALIZER] = getattr(model, _NORMALIZER)
+        return super().state_dict() | state
 
     def load_state_dict(self, state_dict: dict) -> None:
         averaged = WeightAverage.__qualname__ in state_dict.get("hooks", {})
@@ -238,6 +268,8 @@ class DistillationTrainer(DefaultTrainer):
             )
         super().load_state_dict(state_dict)
         self.seed = state_dict.get("seed", self.seed)
+        if _NORMALIZER in state_dict:
+            setattr(unwrap(self.model), _NORMALIZER, state_dict[_NORMALIZER])
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:

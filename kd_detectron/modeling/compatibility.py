@@ -6,6 +6,8 @@ student and teacher for their tensors to be comparable.
 
 import math
 
+from torch import nn
+
 from kd_detectron.distillers import ModelSpec, check_classes
 from kd_detectron.errors import ConfigError
 
@@ -74,9 +76,11 @@ def same_anchors(student_model, teacher_model) -> bool:
     return _anchors(student_model) == _anchors(teacher_model)
 
 
-def box_coding(model) -> tuple[float, ...]:
-    """``BBOX_REG_WEIGHTS`` of the box head."""
-    return tuple(model.roi_heads.box_predictor.box2box_transform.weights)
+def box_codings(model) -> list[tuple[float, ...]]:
+    """``BBOX_REG_WEIGHTS`` of the box head, of each stage where there are several (Cascade)."""
+    predictor = model.roi_heads.box_predictor
+    stages = predictor if isinstance(predictor, nn.ModuleList) else [predictor]
+    return [tuple(stage.box2box_transform.weights) for stage in stages]
 
 
 def _anchors(model) -> dict[str, str]:
@@ -121,7 +125,7 @@ def _check_softmax(name: str, models: dict) -> None:
 
 
 def _check_box_coding(name: str, models: dict) -> None:
-    codings = [box_coding(model) for model in models.values()]
+    codings = [box_codings(model)[0] for model in models.values()]
     if codings[0] != codings[1] or len(codings[0]) != 4:
         raise ConfigError(
             f"MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS is {codings[0]} for the student and "

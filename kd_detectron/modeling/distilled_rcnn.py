@@ -67,7 +67,13 @@ class DistillationMixin:
         """
         super().__init__(**student)
         if not isinstance(distillers, Mapping):
-            distillers = {type(distiller).__name__: distiller for distiller in distillers}
+            listed = list(distillers)
+            distillers = {type(distiller).__name__: distiller for distiller in listed}
+            if len(distillers) < len(listed):
+                raise ConfigError(
+                    f"distillers has two of one class among {[type(x).__name__ for x in listed]}; "
+                    "give each a name of its own, in a mapping of distillers by name"
+                )
         if distillers and teacher is None:
             raise ConfigError("distillers are given but no teacher; name one in KD.TEACHER")
         if distillers and self.input_format not in ("BGR", "RGB"):

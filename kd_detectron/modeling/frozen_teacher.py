@@ -32,7 +32,8 @@ from kd_detectron.distillers.base import ModelSpec
 from kd_detectron.errors import ConfigError
 from kd_detectron.precision import teacher_precision
 
-from .fold import channels_last_on_cpu, fold_batch_norm
+from .autocast import prepare_for_autocast
+from .fold import fold_batch_norm
 from .taps import StudentTaps, box_head_of, rpn_outputs_by_level
 from .teacher_loading import load_teacher, plain_list
 
@@ -80,7 +81,7 @@ class FrozenTeacher:
         name = cfg.KD.TEACHER.CONFIG_FILE
         teacher = cls(model, input_format, amp=cfg.KD.TEACHER.AMP, name=name)
         fold_batch_norm(model)
-        channels_last_on_cpu(model.backbone)
+        prepare_for_autocast(model)
         return teacher
 
     @classmethod

@@ -7,8 +7,7 @@ from torch import nn
 
 from kd_detectron.inherit import inherit
 
-from .compatibility import box_coding, same_anchors
-from .taps import box_head_of
+from .compatibility import box_codings, same_anchors
 
 
 def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> list[str]:
@@ -31,10 +30,11 @@ def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) ->
     def why_not(module: str, fitting: Sequence[str]) -> str:
         if module in ("proposal_generator", "head") and not same_anchors(student_model, teacher):
             return "its anchors are others"
-        if module == "roi_heads.box_predictor" and box_head_of(student_model) is not None:
-            if "roi_heads.box_head" not in fitting:
+        if module == "roi_heads.box_predictor":
+            head = getattr(student_model.roi_heads, "box_head", None)
+            if head is not None and "roi_heads.box_head" not in fitting:
                 return "it reads a box head that is not inherited"
-            if box_coding(student_model) != box_coding(teacher):
+            if box_codings(student_model) != box_codings(teacher):
                 return "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS are others"
         return ""
 

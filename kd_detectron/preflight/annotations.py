@@ -130,12 +130,13 @@ def check_on_disk(title: str, file_names: Iterable[str]) -> None:
     """
     file_names, present, unlisted = list(file_names), set(), set()
     for folder in {os.path.dirname(file_name) for file_name in file_names}:
+        here = folder or os.curdir
         try:
-            if PathManager.isdir(folder):
-                present.update(os.path.join(folder, base) for base in PathManager.ls(folder))
+            if PathManager.isdir(here):
+                present.update(_plain(os.path.join(folder, x)) for x in PathManager.ls(here))
         except NotImplementedError:
             unlisted.add(folder)
-    absent = [name for name in file_names if name not in present]
+    absent = [name for name in file_names if _plain(name) not in present]
     missing = [absolute(name) for name in absent if os.path.dirname(name) not in unlisted]
     if missing:
         which = "all" if len(missing) == len(file_names) else f"{len(missing)} of"
@@ -144,6 +145,11 @@ def check_on_disk(title: str, file_names: Iterable[str]) -> None:
             f" {some(map(repr, missing))}; put them there, correct the image folder, or remove"
             " them from the annotation file"
         )
+
+
+def _plain(path: str) -> str:
+    """A path without doubled slashes and the like; a URL as it is."""
+    return path if "://" in path else os.path.normpath(path)
 
 
 def _usable(title: str, content: Mapping[str, list]) -> list[dict]:

@@ -37,10 +37,12 @@ def check_output_dir(cfg: CfgNode, *, resume: bool, training: bool) -> None:
             f"OUTPUT_DIR '{folder}' already holds a run; give --resume to continue it, or another "
             "OUTPUT_DIR"
         )
-    if resume and not resumable and checkpoints:
+    # A run that was killed before its first checkpoint can have a best one.
+    named = [path for path in checkpoints if path.name != "model_best.pth"]
+    if resume and not resumable and named:
         raise ConfigError(
             f"--resume: OUTPUT_DIR '{folder}' holds checkpoints but no last_checkpoint; write the "
-            f"name of the one to go on with, such as {checkpoints[-1].name}, into "
+            f"name of the one to go on with, such as {named[-1].name}, into "
             f"'{folder / LAST_CHECKPOINT}'"
         )
     if resume and not resumable:

@@ -19,7 +19,7 @@ from detectron2.structures import BoxMode
 from detectron2.utils.events import EventStorage
 
 from kd_detectron.errors import ConfigError
-from kd_detectron.modeling.fold import channels_last_on_cpu
+from kd_detectron.modeling.autocast import prepare_for_autocast
 from kd_detectron.precision import PRECISIONS
 
 from .timing import DISTILLED, SEED, STUDENT, measure, random_boxes
@@ -69,7 +69,7 @@ class Step:
         torch.manual_seed(SEED)
         self.model = build_model(cfg).train()
         if cfg.SOLVER.AMP.ENABLED:  # As the trainer does.
-            channels_last_on_cpu(self.model.backbone)
+            prepare_for_autocast(self.model)
         self._batch = batch
         self._autocast = autocast_options(cfg)
 

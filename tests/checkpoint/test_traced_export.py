@@ -189,3 +189,10 @@ def test_image_without_detections_is_refused(tmp_path, image):
     write_run(tmp_path, ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", 1.0])
     with pytest.raises(ConfigError, match="detects nothing on --image"):
         export.export_torchscript(str(tmp_path), str(tmp_path / "out"), image)
+
+
+def test_panoptic_student_is_refused(tmp_path, image):
+    panoptic = ["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.MASK_ON", True]
+    write_run(tmp_path, panoptic)
+    with pytest.raises(ConfigError, match="PanopticFPN, which has no export as TorchScript"):
+        export.export_torchscript(str(tmp_path), str(tmp_path / "out"), image)

@@ -6,7 +6,7 @@ import logging
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from kd_detectron.data import register_coco_format
+from kd_detectron.data import build_train_loader, register_coco_format
 from kd_detectron.data.coco_format import is_usable_box, resolve_path
 from kd_detectron.errors import ConfigError
 
@@ -93,3 +93,24 @@ def test_annotation_file_is_not_opened_before_it_is_needed(make_cfg, tmp_path, m
     register_coco_format(cfg)
     (tmp_path / "tiny" / "annotations.json").write_text(json.dumps(make_coco(3)))
     assert len(DatasetCatalog.get("tiny")) == 3
+
+
+@pytest.mark.parametrize("flip", ["horizontal", "none"])
+def test_keypoints_of_own_data_are_named_as_in_the_file(make_cfg, make_coco, flip):
+    def load(category):
+        content = make_coco(3)
+        for annotation in content["annotations"]:
+            annotation["keypoints"], annotation["num_keypoints"] = [3, 4, 2, 9, 6, 2, 5, 5, 2], 3
+        content["categories"][0] |= category
+        cfg = make_cfg(content)
+        cfg.MODEL.KEYPOINT_ON, cfg.INPUT.RANDOM_FLIP = True, flip
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = 3
+        register_coco_format(cfg)
+        build_train_loader(cfg)
+
+    with pytest.raises(ConfigError, match='"keypoints": .* keypoint_flip_map'):
+        load({})
+    load({"keypoints": ["left_ear", "right_ear", "nose"]})
+    metadata = MetadataCatalog.get("tiny")
+    assert metadata.keypoint_names == ["left_ear", "right_ear", "nose"]
+    assert metadata.keypoint_flip_map == [("left_ear", "right_ear")]

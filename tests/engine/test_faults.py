@@ -70,8 +70,9 @@ def start(folder):
     context.set_forkserver_preload(["kd_detectron.engine.main"])
     children = []
 
-    def start_child(output, *opts, **options):
-        argv = ["--config-file", str(folder / "run.yaml"), "--resume", "OUTPUT_DIR", str(output)]
+    def start_child(output, *opts, arguments=(), **options):
+        argv = ["--config-file", str(folder / "run.yaml"), "--resume", *arguments]
+        argv += ["OUTPUT_DIR", str(output)]
         options["console"] = str(output.with_suffix(".txt"))
         child = context.Process(target=train, args=[*argv, *map(str, opts)], kwargs=options)
         child.start()
@@ -201,6 +202,18 @@ def test_signals_of_a_scheduler_end_a_run_with_a_checkpoint_and_its_own_exit_cod
         assert f"stopped by {number.name} after iteration" in last_line and "--resume" in last_line
     assert finish(start(output)) == 0
     assert_same_run(output, uninterrupted)
+
+
+def test_signal_to_the_parent_of_two_processes_leaves_a_checkpoint(start, tmp_path):
+    output = tmp_path / "run"
+    child = start(output, arguments=["--num-gpus", "2", "--dist-url", "auto"])
+    wait_for_iteration(child, output, 1)
+    os.kill(child.pid, signal.SIGTERM)
+    assert finish(child) == 75
+    said = output.with_suffix(".txt").read_text()
+    assert "stopped by SIGTERM after iteration" in said and "Traceback" not in said
+    assert 1 <= last_iteration(output) < ITERATIONS - 1
+    assert_no_file_is_unreadable(output)
 
 
 def test_full_disk_stops_a_run_that_goes_on_when_there_is_room(start, uninterrupted, tmp_path):

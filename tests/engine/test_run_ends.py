@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from tiny_training import run_cfg, train
 
@@ -243,3 +244,58 @@ def test_run_whose_student_cannot_be_exported_has_its_result(
     train(cfg)
     assert read(cfg, "result.json")["finished"]
     assert "student_final.pth was not written" in caplog.text and "layer.weight" in caplog.text
+
+
+def test_failure_in_the_last_iteration_is_not_evaluated(tmp_path, dataset, results):
+    results += [ap(1.0)]
+    cfg = run_cfg(tmp_path, dataset, "run", PLAIN)
+    train(cfg, until=5)  # of six
+    assert results == [ap(1.0)]
+
+
+def test_damaged_best_checkpoint_is_replaced(tmp_path, dataset, results, caplog):
+    opts = [*PLAIN, "TEST.EVAL_PERIOD", 2, "SOLVER.CHECKPOINT_PERIOD", 3]
+    cfg = run_cfg(tmp_path, dataset, "run", opts)
+    results += map(ap, (9.0, 1.0, 1.0, 2.0))
+    train(cfg, until=4)
+    os.truncate(os.path.join(cfg.OUTPUT_DIR, "model_best.pth"), 1000)
+    train(cfg, resume=True)
+    assert "model_best.pth cannot be read" in caplog.text
+    assert saved(cfg, "model_best.pth")["best"] == {"bbox/AP": 2.0}
+
+
+def test_checkpoints_of_stops_and_of_damaged_files_are_counted_too(tmp_path, dataset, results):
+    opts = [*PLAIN, "SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2]
+    opts += ["SOLVER.MAX_ITER", 12]
+    cfg = run_cfg(tmp_path, dataset, "run", opts)
+
+    def kept():
+        return sorted(name for name in files(cfg) if name.startswith("model_0"))
+
+    def stop_after(iteration):
+        class Signal(HookBase):
+            def before_step(self):
+                if self.trainer.iter == iteration:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        trainer = DistillationTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        trainer.register_hooks([Signal()])
+        with pytest.raises(Interrupted):
+            trainer.train()
+
+    for iteration in (2, 4, 6):
+        stop_after(iteration)
+    assert kept() == ["model_0000004.pth", "model_0000005.pth", "model_0000006.pth"]
+    train(cfg, resume=True, until=8)
+    assert kept() == ["model_0000006.pth", "model_0000007.pth"]
+    # A damaged one is trained and written again, which leaves the one before it.
+    os.truncate(os.path.join(cfg.OUTPUT_DIR, "model_0000007.pth"), 1000)
+    train(cfg, resume=True, until=8)
+    assert kept() == ["model_0000006.pth", "model_0000007.pth"]
+
+
+@pytest.mark.parametrize("period", [0, -1])
+def test_period_of_checkpoints_that_is_none_is_refused(tmp_path, dataset, period):
+    with pytest.raises(ConfigError, match=f"CHECKPOINT_PERIOD is {period}; .*1 or more"):
+        train(run_cfg(tmp_path, dataset, "run", [*PLAIN, "SOLVER.CHECKPOINT_PERIOD", period]))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
-from tiny import tiny_cfg
+from tiny import NUM_CLASSES, tiny_cfg
 from tiny_training import run_cfg, train
 
 from kd_detectron.engine import DistillationTrainer
@@ -22,12 +22,15 @@ from kd_detectron.errors import NonFiniteLossError
 TRAIN_NET = str(Path(__file__).parents[2] / "tools" / "train_net.py")
 
 
-def losses_by_iteration(cfg):
+def records(cfg):
     with open(os.path.join(cfg.OUTPUT_DIR, "metrics.json"), encoding="utf-8") as file:
-        records = [json.loads(line) for line in file]
+        return [json.loads(line) for line in file]
+
+
+def losses_by_iteration(cfg):
     return {
         record["iteration"]: {k: v for k, v in record.items() if "loss" in k}
-        for record in records
+        for record in records(cfg)
         if "total_loss" in record
     }
 
@@ -50,6 +53,39 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, dataset):
     for key, state in momentum.items():
         other = actual["trainer"]["_trainer"]["optimizer"]["state"][key]["momentum_buffer"]
         assert torch.equal(state["momentum_buffer"], other)
+
+
+def test_resumed_retinanet_knows_what_its_losses_are_divided_by(tmp_path, dataset):
+    """A running number of objects that no ``state_dict`` has."""
+    opts = [
+        *("KD.ENABLED", False, "MODEL.META_ARCHITECTURE", "RetinaNet"),
+        *("MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
+        *("MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
+        *("MODEL.FPN.IN_FEATURES", ["res3", "res4", "res5"]),
+        *("MODEL.RETINANET.NUM_CLASSES", NUM_CLASSES),
+    ]
+    straight, broken = (run_cfg(tmp_path, dataset, name, opts) for name in ("straight", "broken"))
+    expected = train(straight)
+    train(broken, until=4)
+    actual = train(broken, resume=True)
+    assert actual.model.loss_normalizer == expected.model.loss_normalizer != 100
+    # Not equal: the focal loss is compiled after its first calls, and then rounds otherwise.
+    for name, tensor in weights(straight)["model"].items():
+        torch.testing.assert_close(tensor, weights(broken)["model"][name])
+
+
+def test_learning_rate_and_weight_decay_can_be_changed_over_a_resume(tmp_path, dataset):
+    cfg = run_cfg(tmp_path, dataset, "run", ["SOLVER.WARMUP_ITERS", 0])
+    train(cfg, until=4)
+    before = cfg.SOLVER.BASE_LR
+    cfg.merge_from_list(
+        ["SOLVER.BASE_LR", before / 8, "SOLVER.WEIGHT_DECAY", 0.03, "SOLVER.MOMENTUM", 0.5]
+    )
+    trainer = train(cfg, resume=True)
+    rates = {line["iteration"]: line["lr"] for line in records(cfg) if "lr" in line}
+    assert rates[5] == pytest.approx(before / 80)  # after the step at 5 of SOLVER.STEPS
+    group = trainer.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["momentum"]) == (0.03, 0.5)
 
 
 def test_only_the_newest_checkpoints_stay_if_a_number_is_given(tmp_path, dataset):

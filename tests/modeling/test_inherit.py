@@ -149,6 +149,27 @@ def test_auto_leaves_out_what_means_something_else_in_the_teacher(
 
 
 @pytest.mark.parametrize(
+    ("teacher_opts", "inherited"),
+    [
+        ([], True),
+        (["MODEL.ROI_BOX_HEAD.NUM_FC", 2], False),
+        (["MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS", [[1.0] * 4] * 3], False),
+    ],
+)
+def test_auto_leaves_out_what_means_something_else_in_a_cascade(tmp_path, teacher_opts, inherited):
+    cascade = ["MODEL.ROI_HEADS.NAME", "CascadeROIHeads"]
+    cascade += ["MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True]
+    cfg, teacher = config(tmp_path, [*ALIKE, *cascade, *teacher_opts], ["auto"], [])
+    cfg.merge_from_list(cascade)
+    _, after = student(cfg)
+    cfg.KD.TEACHER.INHERIT = []
+    _, before = student(cfg)
+    parts = inherited_parts(after, before, teacher)
+    assert any(x.startswith("roi_heads.box_predictor.2") for x in parts) == inherited
+    assert any(x.startswith("proposal_generator") for x in parts)
+
+
+@pytest.mark.parametrize(
     ("teacher_opts", "inherit", "words"),
     [
         (ALIKE, ["roi_head."], ["KD.TEACHER.INHERIT", "no part of that name", "mean roi_heads"]),

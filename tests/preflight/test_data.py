@@ -485,3 +485,16 @@ def test_files_are_checked_without_a_config(make_cfg):
     assert check_coco_files(json_file, image_dir, name="mine").images == 6
     with pytest.raises(ConfigError, match="^mine: image folder"):
         check_coco_files(json_file, image_dir + "x", name="mine")
+
+
+def test_images_may_be_named_without_a_folder_or_with_a_doubled_slash(
+    make_cfg, tmp_path, monkeypatch
+):
+    cfg = make_cfg()
+    monkeypatch.chdir(tmp_path / "tiny" / "images")
+    names = ["0.png", str(tmp_path / "tiny") + "//images/./1.png"]
+    records = [{"file_name": x, "width": 16, "height": 24, "annotations": [{}]} for x in names]
+    DatasetCatalog.register("own", lambda: records)
+    MetadataCatalog.get("own").thing_classes = ["cat", "dog"]
+    cfg.DATASETS.TRAIN = ("own",)
+    assert check_datasets(cfg)["own"].annotations == 2

@@ -107,6 +107,12 @@ def test_resume_that_finds_nothing_says_so(tmp_path, caplog):
     check_output_dir(cfg, resume=True, training=True)
     assert "mistyped' holds no checkpoint: training starts at iteration 0" in caplog.text
     caplog.clear()
+    # What a run leaves that was killed between its first evaluation and its first checkpoint.
+    (tmp_path / "mistyped").mkdir()
+    (tmp_path / "mistyped" / "model_best.pth").touch()
+    check_output_dir(cfg, resume=True, training=True)
+    assert "training starts at iteration 0" in caplog.text
+    caplog.clear()
     (tmp_path / "last_checkpoint").touch()
     cfg.OUTPUT_DIR = str(tmp_path)
     check_output_dir(cfg, resume=True, training=True)
