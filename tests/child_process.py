@@ -1,6 +1,7 @@
 """The command line as the target of a child process (tests/engine/test_faults.py)."""
 
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -27,6 +28,7 @@ def train(
     from kd_detectron.engine.main import main
 
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of its own children, as a user's
     if console is not None:
         descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(descriptor, 1)

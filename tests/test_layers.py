@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 
 # Each part may import those of the lines above its own.
 LAYERS = (
-    ("errors", "atomic_files"),
+    ("errors", "atomic_files", "worker_signals"),
     ("learning_rate", "precision"),
     ("commands", "context", "inherit", "taps", "losses", "data", "backbones"),
     ("distillers", "runs"),
@@ -27,6 +27,7 @@ LAYERS = (
 WITHOUT_DETECTRON2 = (
     "errors",
     "atomic_files",
+    "worker_signals",
     "learning_rate",
     "precision",
     "commands",

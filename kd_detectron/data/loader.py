@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_detectron.data.coco_format import name_keypoints
 from kd_detectron.errors import ConfigError, CorruptImageError, did_you_mean
+from kd_detectron.worker_signals import heed_the_training_alone
 
 logger = logging.getLogger(__name__)
 
@@ -178,6 +179,7 @@ class ResumableLoader:
             batch_sampler=islice(self._batches(), self._iteration, None),
             num_workers=self.num_workers,
             collate_fn=trivial_batch_collator,
+            worker_init_fn=heed_the_training_alone,
             # A generator of its own: otherwise starting the loader draws from the global state,
             # and a resumed run's draws would no longer follow the uninterrupted one's.
             generator=torch.Generator().manual_seed(self.seed),

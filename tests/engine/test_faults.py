@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,6 +215,28 @@ def test_signal_to_the_parent_of_two_processes_leaves_a_checkpoint(start, tmp_pa
     assert "stopped by SIGTERM after iteration" in said and "Traceback" not in said
     assert 1 <= last_iteration(output) < ITERATIONS - 1
     assert_no_file_is_unreadable(output)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_to_data_workers_too_leaves_a_checkpoint(start, tmp_path, number):
+    """As Slurm and terminals send it; the workers end with the training."""
+    output = tmp_path / "run"
+    opts = ["DATALOADER.NUM_WORKERS", 2, "SOLVER.MAX_ITER", 2000]
+    child = start(output, *opts, "SOLVER.CHECKPOINT_MAX_TO_KEEP", 2)
+    wait_for_iteration(child, output, 0)
+    processes = [*children_of(child.pid), child.pid]
+    assert len(processes) == 3
+    for pid in processes:
+        os.kill(pid, number)
+    assert finish(child) == 75, output.with_suffix(".txt").read_text()
+    assert "stopped by" in output.with_suffix(".txt").read_text().splitlines()[-1]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in processes[:2])
+
+
+def children_of(pid) -> list[int]:
+    # Its fourth field, behind the name in brackets, is the parent.
+    stats = [path.read_text() for path in Path("/proc").glob("[0-9]*/stat") if path.exists()]
+    return [int(x.split()[0]) for x in stats if int(x.rpartition(")")[2].split()[1]) == pid]
 
 
 def test_full_disk_stops_a_run_that_goes_on_when_there_is_room(start, uninterrupted, tmp_path):
