@@ -24,8 +24,8 @@ setup(
     },
     python_requires=">=3.10",
     install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
+        "torch>=2.5",
+        "torchvision>=0.20",
         "fvcore>=0.1.5",
         "pycocotools>=2.0.6",
         "opencv-python>=4.8",

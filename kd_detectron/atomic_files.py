@@ -43,7 +43,7 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
             raise CheckpointWriteError(
                 f"{path} could not be written ({reason}): the unfinished file was removed and the"
                 " checkpoints already in that folder are intact; free some disk space or move"
-                " OUTPUT_DIR to another disk, then continue with --resume"
+                " the run's folder to another disk, then continue with --resume"
             ) from error
         raise
 

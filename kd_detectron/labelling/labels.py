@@ -242,7 +242,9 @@ def label_images(
             for record in _label_batch(model, batch, categories, thresholds):
                 done[record["name"]] = record
                 _write_line(file, record)
-    content = _coco_content([done[image["name"]] for image in images], settings)
+    # An interrupted run's ids are those of the folder as it was then.
+    records = [done[image["name"]] | {"id": image["id"]} for image in images]
+    content = _coco_content(records, settings)
     with atomic_open(output, "w") as file:
         json.dump(content, file)
     os.remove(unfinished)
@@ -321,7 +323,9 @@ def _read_partial(path: str, settings: dict) -> dict[str, dict]:
 
 def _coco_content(records: list[dict], settings: dict) -> dict:
     labelled = [record for record in records if "skipped" not in record]
-    annotations = [each for record in labelled for each in record["annotations"]]
+    annotations = [
+        each | {"image_id": record["id"]} for record in labelled for each in record["annotations"]
+    ]
     info = {"description": "labelled by a detector, not by people", **settings}
     return {
         "categories": info.pop("categories"),

@@ -182,13 +182,33 @@ def backbone_name(config: Mapping) -> str:
     return builder or "unknown"
 
 
+def torchvision_name(detector: str, options: Mapping = {}) -> str:
+    """The backbone of a torchvision detector in short: "R50", "MV2x0.25", or the network's name.
+
+    Args:
+        detector: its name, such as "fasterrcnn_resnet50_fpn_v2".
+        options: those that it is built with.
+    """
+    network = re.sub(r"^[a-z]+_(.+?)_fpn.*$", r"\1", detector)
+    if found := re.fullmatch(r"resnet(\d+)", network):
+        return f"R{found[1]}"
+    if found := re.fullmatch(r"mobilenet_v(\d).*", network):
+        width = options.get("network", {}).get("width_mult", 1.0)
+        return f"MV{found[1]}" + ("" if width == 1 else f"x{width:g}")
+    return network
+
+
 def teacher_name(config: Mapping) -> str:
     """Returns the short name of the teacher that ``KD.TEACHER.CONFIG_FILE`` names.
 
+    In a torchvision run it is the name of a detector, or the ``config.yaml`` of the teacher's run.
     Zoo names and this project's names carry the backbone ("faster_rcnn_R_101_FPN_3x"); another
     file, such as the ``config.yaml`` of a run, is opened.
     """
-    file = (config.get("KD", {}).get("TEACHER") or {}).get("CONFIG_FILE") or ""
+    node = config.get("KD", {}).get("TEACHER") or {}
+    file = node.get("CONFIG_FILE") or ""
+    if config.get("ENGINE") == "torchvision" and not file.endswith(".yaml"):
+        return torchvision_name(file, node.get("OPTIONS") or {}) or "unknown"
     stem = Path(file).stem
     found = re.findall(r"(?:^|[_-])([RX])_?(\d{2,3})(?=[_-]|$)", stem, flags=re.IGNORECASE)
     if found:

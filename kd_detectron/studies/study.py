@@ -55,8 +55,11 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
         imports: what each training is given as ``--import``.
 
     Raises:
+        ConfigError: ``jobs`` is less than 1, or runs wait for each other as teachers.
         KeyboardInterrupt: the current runs wrote their checkpoints; the same command continues.
     """
+    if jobs < 1:
+        raise ConfigError(f"--jobs is {jobs}; give at least 1")
     todo = [run for run in study.runs if not run.finished]
     active: list[_ActiveRun] = []
     failed = []
@@ -69,6 +72,12 @@ def run_study(study: Study, jobs: int = 1, imports: Sequence[str] = ()) -> list[
                 tqdm.write(f"[{study.runs.index(run) + 1}/{len(study.runs)}] {run.folder}")
                 threads = max(1, (os.cpu_count() or 1) // jobs)
                 active.append(_ActiveRun(run, threads, imports))
+            if not active:
+                names = ", ".join(str(run.folder) for run in todo)
+                raise ConfigError(
+                    f"the runs {names} wait for each other: KD.TEACHER.WEIGHTS of each lies in the "
+                    "folder of another; give one of them another teacher"
+                )
             time.sleep(1)
             for one in list(active):
                 code = one.poll()

@@ -22,7 +22,12 @@ from .models import build_detector
 from .options import TrainingOptions
 
 # Lightning's names of precisions in which a step is measured.
-_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_HALF = {
+    "bf16-mixed": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "16-mixed": torch.float16,
+    "16": torch.float16,
+}
 
 
 class Step:
@@ -42,9 +47,9 @@ class Step:
 
 
 def synthetic_batch(
-    num_classes: int, *, images: int, size: tuple[int, int], device: str
+    num_classes: int, *, images: int, size: tuple[int, int], device: str, masks: bool = False
 ) -> tuple[list[torch.Tensor], list[dict]]:
-    """N images of noise of a height and width, with boxes; the same each time."""
+    """N images of noise of a height and width, with boxes, or masks too; the same each time."""
     random = np.random.default_rng(SEED)
     pixels, targets = [], []
     for _ in range(images):
@@ -53,6 +58,11 @@ def synthetic_batch(
         noise = random.random((3, *size), dtype=np.float32)
         pixels.append(torch.from_numpy(noise).to(device))
         targets.append({"boxes": boxes, "labels": labels})
+        if masks:  # of the boxes' form
+            mask = torch.zeros(len(boxes), *size, dtype=torch.uint8, device=device)
+            for one, (x0, y0, x1, y1) in zip(mask, boxes.int().tolist(), strict=True):
+                one[y0:y1, x0:x1] = 1
+            targets[-1]["masks"] = mask
     return pixels, targets
 
 
@@ -75,17 +85,24 @@ def run_benchmark(
         A report as of ``tools/benchmark.py``.
 
     Raises:
-        ConfigError: no teacher or no distiller is named, or one of them does not fit.
+        ConfigError: no teacher or no distiller is named, or one of them does not fit, or the
+            student is a Keypoint R-CNN.
     """
     if not (options.teacher and options.distillers):
         raise ConfigError(
             f"teacher is '{options.teacher}' and distillers are {list(options.distillers)}; name "
             "both, there is nothing to compare otherwise"
         )
+    if options.student.startswith("keypointrcnn"):
+        raise ConfigError(
+            f"student is {options.student}, but there are no synthetic keypoints; choose a Faster "
+            "or Mask R-CNN, RetinaNet or FCOS"
+        )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = _HALF.get(options.precision)
     autocast = {"device_type": device, "dtype": dtype, "enabled": dtype is not None}
-    batch = synthetic_batch(num_classes, images=images, size=size, device=device)
+    masks = options.student.startswith("maskrcnn")
+    batch = synthetic_batch(num_classes, images=images, size=size, device=device, masks=masks)
     steps = []
     for distillers in ({}, options.distillers):
         torch.manual_seed(SEED)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from kd_detectron.atomic_files import atomic_open
@@ -122,6 +123,18 @@ class RunFolder(Callback):
             line = {"iteration": iteration, "elapsed": self._elapsed(), **values}
             with open(self._folder / files.METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it.
+
+    Lightning's own copies it from /tmp, which is not atomic where that is another file system.
+    """
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_open(path) as file:
+            torch.save(checkpoint, file)
 
 
 class StopOnSignal(Callback):

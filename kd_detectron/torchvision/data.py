@@ -2,22 +2,25 @@
 
 Classes are numbered from 1 in the order of their category ids; 0 is the background. Images without
 an object are left out of training, as Detectron2 does; crowd regions and empty boxes as well.
-An object without ``iscrowd`` is none, and one without ``area`` has its box's.
+An object without ``iscrowd`` is none, and one without ``area`` has its box's. Images are turned as
+their EXIF orientation says, as Detectron2 does.
 """
 
 import contextlib
 import io
-import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.worker_signals import heed_the_training_alone
 
 
 class DetectionData(Dataset):
@@ -47,13 +50,14 @@ class DetectionData(Dataset):
             transforms.insert(1, v2.RandomHorizontalFlip())
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress.
-                plain = CocoDetection(
+                plain = _UprightImages(
                     str(images), str(annotations), transforms=v2.Compose(transforms)
                 )
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
             raise ConfigError(
                 f"{annotations} is not in COCO format ({type(error).__name__}: {error})"
             ) from error
+        _check_ids(plain.coco.dataset, str(annotations))
         categories = sorted(plain.coco.cats.values(), key=lambda category: category["id"])
         self.class_names = [category["name"] for category in categories]
         self._labels = {category["id"]: i + 1 for i, category in enumerate(categories)}
@@ -119,6 +123,38 @@ class DetectionData(Dataset):
         return image.as_subclass(torch.Tensor), result
 
 
+class _UprightImages(CocoDetection):
+    """COCO data whose images are turned as their EXIF orientation says."""
+
+    def _load_image(self, id: int) -> Image.Image:
+        record = self.coco.imgs[id]
+        path = Path(self.root, record["file_name"])
+        try:
+            with Image.open(path) as stored:
+                image = ImageOps.exif_transpose(stored).convert("RGB")
+        except OSError as error:
+            raise OSError(f"the image {path} cannot be read: {error}") from error
+        if image.size != stored.size == (record.get("width"), record.get("height")):
+            raise ConfigError(
+                f"{path} is {image.size} pixels wide and high when turned as its EXIF orientation "
+                f"says, but annotated as {stored.size}; annotate it as it is shown, or remove its "
+                "EXIF orientation"
+            )
+        return image
+
+
+def _check_ids(content: dict, title: str) -> None:
+    """Refuses repeated ids: pycocotools would take the last of each for all of them."""
+    for key in ("images", "annotations"):
+        counts = Counter(entry["id"] for entry in content.get(key, []))
+        repeated = [number for number, count in counts.items() if count > 1]
+        if repeated:
+            raise ConfigError(
+                f"{title}: {counts[repeated[0]]} of the {key} have the id {repeated[0]}; give each "
+                "an id of its own"
+            )
+
+
 def trainable(target: dict) -> dict:
     """A target without crowd regions and empty boxes, and without what only evaluation reads."""
     boxes = target["boxes"]
@@ -177,7 +213,7 @@ def train_loader(data: DetectionData, batches: Sampler, workers: int) -> DataLoa
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate_for_training,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=heed_the_training_alone,
     )
 
 
@@ -189,13 +225,8 @@ def test_loader(data: DetectionData, batch_size: int, workers: int, shard: Seque
         sampler=shard,
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=heed_the_training_alone,
     )
-
-
-def _ignore_interrupts(worker: int) -> None:
-    # A terminal sends SIGINT to the workers too, which the iteration that is finished needs.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(items: list) -> tuple[list, list]:

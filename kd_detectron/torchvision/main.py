@@ -13,8 +13,8 @@ from fvcore.common.config import CfgNode
 from kd_detectron.commands import (
     FAILED_EXIT_CODE,
     INTERRUPTED_EXIT_CODE,
+    USER_ERROR_EXIT_CODE,
     add_import_option,
-    exit_code,
     import_user_code,
 )
 from kd_detectron.errors import ConfigError, NonFiniteLossError
@@ -77,7 +77,7 @@ def read_options(args: argparse.Namespace) -> TrainingOptions:
         if Path(args.config).stat().st_size:
             try:
                 values = CfgNode.load_yaml_with_base(args.config)
-            except yaml.YAMLError as error:
+            except (OSError, yaml.YAMLError) as error:
                 raise ConfigError(
                     f"--config '{args.config}' is not readable YAML: {error}"
                 ) from error
@@ -95,21 +95,33 @@ def _read_yaml(text: str):
 
 
 def training_exit_code(work: Callable[[], None], same_command: str) -> int:
-    """As ``commands.exit_code``, for work that trains; says how to go on with what was interrupted.
+    """Runs ``work()`` and returns the exit code; says how to go on with what was interrupted.
+
+    It is 2 for errors of the user, 1 for what makes a training fail: a loss that is not finite, a
+    full disk, an image that cannot be read.
 
     Args:
         work: the training.
         same_command: "the same command", and what is to be added to it.
     """
     try:
-        return exit_code(work)
-    except NonFiniteLossError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED_EXIT_CODE
+        work()
+    except (ConfigError, NonFiniteLossError, OSError) as error:
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return USER_ERROR_EXIT_CODE if isinstance(error, ConfigError) else FAILED_EXIT_CODE
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning sets it where it starts several.
             print(f"interrupted; {same_command} continues from the last checkpoint")
         return INTERRUPTED_EXIT_CODE
+    return 0
+
+
+def _message(error: Exception) -> str:
+    """What an error says, without the stack that a process which reads images puts before it."""
+    text = str(error)
+    if not text.startswith("Caught "):
+        return text
+    return text.rstrip().splitlines()[-1].partition(": ")[2]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

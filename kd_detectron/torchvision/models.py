@@ -87,7 +87,7 @@ def build_detector(
             if named:
                 raise ConfigError(f"weights '{weights}' of {name} is no file")
             model = _with_network(name, num_classes, backbone_weights, options, known)
-    except (TypeError, ValueError, KeyError) as error:
+    except (OSError, TypeError, ValueError, KeyError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
@@ -131,17 +131,6 @@ def _freeze_batch_norm(model: nn.Module, state: Mapping[str, torch.Tensor]) -> N
         if isinstance(layer, nn.BatchNorm2d) and f"{name}.running_mean" in state and not counted:
             parent, _, own = name.rpartition(".")
             setattr(model.get_submodule(parent), own, FrozenBatchNorm2d(layer.num_features))
-
-
-def short_name(name: str, options: Mapping = {}) -> str:
-    """A detector's backbone in short, as tables have it: "R50", "MV2x0.25", or its name."""
-    network = re.sub(r"^[a-z]+_(.+?)_fpn.*$", r"\1", name)
-    if found := re.fullmatch(r"resnet(\d+)", network):
-        return f"R{found[1]}"
-    if found := re.fullmatch(r"mobilenet_v(\d).*", network):
-        width = options.get("network", {}).get("width_mult", 1.0)
-        return f"MV{found[1]}" + ("" if width == 1 else f"x{width:g}")
-    return network
 
 
 def _with_network(

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from kd_detectron.distillers.argument_checks import check_number, check_whole_number
 from kd_detectron.errors import ConfigError, did_you_mean
-
-from .models import short_name
+from kd_detectron.runs.run import torchvision_name
 
 # The plain student's state dict at the end of a training, in its run folder.
 FINAL_WEIGHTS = "model_final.pth"
@@ -49,7 +48,8 @@ class TrainingOptions:
             checkpoint is written before each evaluation too.
         log_period: iterations whose losses are averaged in one line of ``metrics.json``.
         precision: one of ``PRECISIONS``.
-        devices, accelerator: Lightning's; devices are a number, indices ("0,1") or "auto".
+        devices, accelerator: Lightning's; devices are a number, indices ("0,1", or "1," for one)
+            or "auto".
         nodes: machines; the command is started on each, as Lightning's documentation says.
         workers: processes that read images.
         seed: of weights, order and sampling.
@@ -166,7 +166,7 @@ class TrainingOptions:
                 "META_ARCHITECTURE": f"Distilled{distilled}" if self.distillers else plain,
                 "BACKBONE": {"NAME": "torchvision"},
                 "TORCHVISION": {
-                    "NAME": short_name(self.student, self.student_options),
+                    "NAME": torchvision_name(self.student, self.student_options),
                     "DETECTOR": self.student,
                     "OPTIONS": dict(self.student_options),
                     "BACKBONE_WEIGHTS": self.backbone_weights,
@@ -210,7 +210,8 @@ def _converted(name: str, kind: type, value):
         return _with_numbers(value)
     if kind is str:
         if name == "devices" and isinstance(value, list):
-            return ",".join(map(str, value))
+            # Lightning reads "1," as a list, "1" as a number of devices.
+            return ",".join(map(str, value)) + ("," if len(value) == 1 else "")
         is_number = isinstance(value, int) and not isinstance(value, bool)
         return str(value) if is_number else value  # such as "devices: 2"
     several = tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -14,6 +14,7 @@ import os
 import warnings
 from bisect import bisect_right
 from pathlib import Path
+from pickle import UnpicklingError
 
 import lightning
 import torch
@@ -24,14 +25,20 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from kd_detectron.atomic_files import atomic_open
+from kd_detectron.atomic_files import atomic_open, remove_unfinished_files
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.precision import slow_bfloat16
 from kd_detectron.runs import files
 from kd_detectron.runs.same_run import compare_with_run, config_of_run
 
-from .callbacks import LAST_CHECKPOINT, RunFolder, StopOnSignal, evaluation_period
+from .callbacks import (
+    LAST_CHECKPOINT,
+    AtomicCheckpoints,
+    RunFolder,
+    StopOnSignal,
+    evaluation_period,
+)
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
 from .models import build_detector
@@ -39,6 +46,8 @@ from .options import FINAL_WEIGHTS, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
+# Of a parameter group: what the options set, also where a training is resumed.
+_FROM_OPTIONS = ("initial_lr", "momentum", "weight_decay")
 _CHECKSUM = "TRAIN_SHA256"  # in config.yaml, of the annotation file
 # What Lightning raises where it cannot have the devices.
 _REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, MisconfigurationException)
@@ -81,7 +90,10 @@ class DetectionModule(lightning.LightningModule):
         self._start = start
         self._tasks = ("bbox", "segm") if options.student.startswith("maskrcnn") else ("bbox",)
         self._average_precision = MeanAveragePrecision(
-            iou_type=self._tasks, backend="pycocotools", average="macro"
+            iou_type=self._tasks,
+            backend="pycocotools",
+            average="macro",
+            sync_on_compute=False,  # see _gather_states
         )
 
     def train_dataloader(self):
@@ -123,7 +135,17 @@ class DetectionModule(lightning.LightningModule):
             return warm * 0.1 ** bisect_right(sorted(options.steps), step)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        groups = optimizer.param_groups
+        self._of_groups = [{key: group[key] for key in _FROM_OPTIONS} for group in groups]
         return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def on_train_start(self):
+        # The checkpoint of a resumed training has brought back what the options were before.
+        schedule, groups = self.lr_schedulers(), self.trainer.optimizers[0].param_groups
+        schedule.base_lrs = [values["initial_lr"] for values in self._of_groups]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, values, factor in zip(groups, self._of_groups, factors, strict=True):
+            group.update(values, lr=values["initial_lr"] * factor)
 
     def on_train_batch_start(self, batch, batch_idx):
         # Sampled anchors and proposals are a function of seed and iteration, also when resumed.
@@ -147,13 +169,16 @@ class DetectionModule(lightning.LightningModule):
 
     def validation_step(self, batch, batch_idx):
         images, targets = batch
-        found = self.model(images)
+        with torch.autocast(self.device.type, enabled=False):
+            found = self.model(images)
         for one in found:
             if "masks" in one:
                 one["masks"] = one["masks"].squeeze(1) > 0.5
         self._average_precision.update(found, targets)
 
     def on_validation_epoch_end(self):
+        if self.trainer.world_size > 1:
+            _gather_states(self._average_precision)
         values = self._average_precision.compute()
         self._average_precision.reset()
         self.results = {}
@@ -164,6 +189,18 @@ class DetectionModule(lightning.LightningModule):
             self.results[task] = {
                 key: 100 * value if value >= 0 else math.nan for key, value in scores.items()
             }
+
+
+def _gather_states(metric: MeanAveragePrecision) -> None:
+    """Gives each process what all of them found, in the order of their ranks.
+
+    Torchmetrics' own gathering needs as many images in each process.
+    """
+    for name, value in metric.metric_state.items():
+        own = [x.cpu() if isinstance(x, torch.Tensor) else x for x in value]  # masks are RLE
+        gathered = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, own)
+        setattr(metric, name, [x for part in gathered for x in part])
 
 
 def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[str, float]]:
@@ -184,7 +221,8 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
         KeyboardInterrupt: stopped by a signal; another call goes on from the last checkpoint.
     """
     folder = Path(options.output)
-    if not resume and (folder / files.METRICS).is_file():
+    held = (files.METRICS, files.RESULT, LAST_CHECKPOINT)
+    if not resume and any((folder / name).is_file() for name in held):
         raise ConfigError(f"{folder} holds a run; give --resume to go on, or another --output")
     # Lightning's remarks on hardware and its other products.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -205,14 +243,16 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
         )
     run_folder, stop = RunFolder(options, start), StopOnSignal(checkpoint)
     trainer = build_trainer(options, [run_folder, stop])
+    if len(val) < trainer.world_size:
+        # Lightning leaves out the evaluation of a process without images; the others wait for it.
+        raise ConfigError(
+            f"{options.val[0]} has {len(val)} images for {trainer.world_size} processes to "
+            "evaluate on; give at most as many devices, or more images"
+        )
     lightning.seed_everything(options.seed, verbose=False)
     model = build_model(options, len(data.class_names))
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_open(folder / files.CONFIG, "w") as file:
-        yaml.safe_dump(config, file, sort_keys=False)
-    for name in (files.RESULT, FINAL_WEIGHTS):  # of a run that is extended
-        (folder / name).unlink(missing_ok=True)
-    files.forget_metrics_from(folder, start)
+    if trainer.is_global_zero:
+        _prepare_folder(folder, config, start)
     module = DetectionModule(model, options, data, val, start)
     with stop, warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*does not have many workers.*")
@@ -228,6 +268,21 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
             raise KeyboardInterrupt from error
     run_folder.write_result(trainer, module)
     return module.results
+
+
+def _prepare_folder(folder: Path, config: dict, start: int) -> None:
+    """Writes ``config.yaml``; removes what does not belong to a run that goes on from ``start``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output is {folder}, which cannot be made: {error}") from error
+    for place in (folder, folder / LAST_CHECKPOINT.parent):
+        remove_unfinished_files(place)
+    with atomic_open(folder / files.CONFIG, "w") as file:
+        yaml.safe_dump(config, file, sort_keys=False)
+    for name in (files.RESULT, FINAL_WEIGHTS):  # of a run that is extended
+        (folder / name).unlink(missing_ok=True)
+    files.forget_metrics_from(folder, start)
 
 
 def build_trainer(options: TrainingOptions, callbacks: list[Callback]) -> lightning.Trainer:
@@ -255,6 +310,7 @@ def build_trainer(options: TrainingOptions, callbacks: list[Callback]) -> lightn
             enable_progress_bar=os.isatty(2),
             default_root_dir=options.output,
             callbacks=callbacks,
+            plugins=[AtomicCheckpoints()],
         )
     except _REFUSALS as error:
         raise ConfigError(
@@ -370,7 +426,8 @@ def detector_of_run(folder: str | Path) -> tuple[str, dict, int]:
 def _iteration_of(checkpoint: Path) -> int:
     try:
         return int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
+        first = str(error).split("\n")[0]
         raise ConfigError(
-            f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); remove it to start anew"
+            f"{checkpoint} cannot be read ({first}); remove it to start anew"
         ) from error

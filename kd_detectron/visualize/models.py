@@ -241,15 +241,35 @@ def choose_records(records: Sequence[dict], count: int, *, seed: int = 0) -> lis
 
 
 def find_records(records: Sequence[dict], names: Sequence[str]) -> list[dict]:
-    """Finds records by file name, with or without its folder, or by image id."""
-    by_name = {str(record.get("image_id")): record for record in records}
-    by_name |= {Path(record["file_name"]).name: record for record in records}
-    for name in names:
-        if Path(name).name not in by_name:
-            raise ConfigError(
-                f"no image of the dataset is called '{name}'{did_you_mean(name, by_name)}"
-            )
-    return [by_name[Path(name).name] for name in names]
+    """Finds records by file name, with all, some or none of its folders, or by image id.
+
+    Raises:
+        ConfigError: a name is of no image, or of several.
+    """
+    return [_find_record(records, name) for name in names]
+
+
+def _find_record(records: Sequence[dict], name: str) -> dict:
+    by_id = {str(record.get("image_id")): record for record in records}
+    shared = [_shared_parts(Path(record["file_name"]), Path(name)) for record in records]
+    longest = max(shared, default=0)
+    found = [r for r, count in zip(records, shared, strict=True) if count == longest > 0]
+    if len(found) > 1:
+        one, other = (record["file_name"] for record in found[:2])
+        raise ConfigError(
+            f"'{name}' may be {one} or {other}; give more of its path, or its image id"
+        )
+    if not found and name not in by_id:
+        known = [*by_id, *(Path(record["file_name"]).name for record in records)]
+        near = did_you_mean(Path(name).name, known)
+        raise ConfigError(f"no image of the dataset is called '{name}'{near}")
+    return found[0] if found else by_id[name]
+
+
+def _shared_parts(one: Path, other: Path) -> int:
+    """How many parts the shorter path has, if the longer one ends in it; else 0."""
+    count = min(len(one.parts), len(other.parts))
+    return count if one.parts[-count:] == other.parts[-count:] else 0
 
 
 def check_classes(model: LoadedModel, class_names: Sequence[str]) -> None:

@@ -136,6 +136,20 @@ def test_interrupted_run_goes_on_and_gives_the_same_file(folder, tmp_path):
     assert not (tmp_path / "out.json.partial").exists()
 
 
+def test_run_that_goes_on_after_the_folder_changed_has_the_ids_of_the_folder_as_it_is(
+    folder, tmp_path
+):
+    with pytest.raises(KeyboardInterrupt):
+        run(FixedDetector(fail_after=3), folder, tmp_path / "out.json")
+    Path(folder, "0b.png").write_bytes(Path(folder, "0.png").read_bytes())
+    resumed = run(FixedDetector(), folder, tmp_path / "out.json")
+    assert {image["file_name"]: image["id"] for image in resumed["images"]} == {
+        "0.png": 1, "0b.png": 2, "1.png": 3, "2.png": 4, "3.png": 5, "more/4.png": 6
+    }  # fmt: skip
+    owners = [each["image_id"] for each in resumed["annotations"]]
+    assert owners == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+
+
 def test_run_with_other_settings_does_not_go_on(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(FixedDetector(fail_after=3), folder, tmp_path / "out.json")

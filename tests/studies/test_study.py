@@ -148,6 +148,29 @@ def test_mistakes_in_a_study_are_named(tmp_path, content, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("jobs", ["0", "-1"])
+def test_less_than_one_run_at_a_time_is_refused(tmp_path, capsys, jobs):
+    (tmp_path / "study.yaml").write_text(f"output: {tmp_path / 'out'}\nruns: [{RUN}]\n")
+    assert studies.main([str(tmp_path / "study.yaml"), "--jobs", jobs]) == 2
+    assert f"--jobs is {jobs}; give at least 1" in capsys.readouterr().err
+
+
+def test_runs_that_wait_for_each_other_are_named(tmp_path, capsys):
+    runs = [
+        {
+            "name": name,
+            "config": "demo/ckd_reviewkd.yaml",
+            "opts": ["KD.TEACHER.WEIGHTS", f"{{output}}/{other}/model_final.pth"],
+        }
+        for name, other in ("ab", "ba")
+    ]
+    content = {"output": str(tmp_path / "out"), "runs": runs}
+    (tmp_path / "study.yaml").write_text(json.dumps(content))
+    assert studies.main([str(tmp_path / "study.yaml")]) == 2
+    out = tmp_path / "out"
+    assert f"the runs {out / 'a'}, {out / 'b'} wait for each other" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "output: [\n", "text", "part_of: study.yaml"])
 def test_file_that_is_no_study_is_one_sentence(tmp_path, monkeypatch, text):
     monkeypatch.chdir(tmp_path)

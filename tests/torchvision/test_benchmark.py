@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kd_detectron.torchvision.benchmark import main
+from kd_detectron.torchvision.benchmark import _HALF, main
 
 COMMAND = [
     "--student",
@@ -44,6 +44,22 @@ def test_parts_are_what_the_distilled_step_runs(tmp_path, capsys, precision):
     assert all(len(part["seconds"]) == 2 for part in report["parts"].values())
     assert report["batch"] == {"images": 1, "height": 64, "width": 96, "proposals": 16}
     assert report["ratios"]["overhead"]["median"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_half_precision_has_lightnings_short_names_too(precision):
+    assert _HALF[precision] is _HALF[f"{precision}-mixed"]
+
+
+def test_mask_rcnn_has_masks_to_learn_and_keypoint_rcnn_is_refused(tmp_path, capsys):
+    file, distillers = tmp_path / "report.json", ["--distillers", "CKD=0.1"]
+    masks = ["--student", "maskrcnn_mobilenet_v2_fpn", "--json", str(file)]
+    assert main([*COMMAND, *SMALL, *masks, *distillers]) == 0
+    assert json.loads(file.read_text())["name"].startswith("maskrcnn")
+    capsys.readouterr()
+    keypoints = ["--student", "keypointrcnn_resnet50_fpn"]
+    assert main([*COMMAND, *keypoints, *distillers]) == 2
+    assert "there are no synthetic keypoints" in capsys.readouterr().err
 
 
 def test_without_distillers_there_is_nothing_to_compare(capsys):

@@ -1,13 +1,14 @@
 """Resuming a training on torchvision's detectors: where it goes on, and what is refused."""
 
 import json
+import os
 import shutil
 import signal
 
 import pytest
 import torch
 import yaml
-from run_folders_torchvision import options, tiny_data  # noqa: F401
+from run_folders_torchvision import SMALL, options, tiny_data  # noqa: F401
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.files import is_finished, read_metrics, read_result
@@ -95,6 +96,46 @@ def test_finished_run_without_a_checkpoint_is_not_begun_anew(run, tiny_data):  #
     with pytest.raises(ConfigError, match="holds a finished run of 4 iterations and no"):
         train(options(tiny_data, run, iterations=6))
     assert is_finished(run)
+
+
+@pytest.mark.parametrize("kept", ["metrics.json", "result.json", "checkpoints/last.ckpt"])
+def test_what_a_run_left_is_not_gone_on_with_unless_it_is_asked_for(run, tiny_data, kept):  # noqa: F811
+    for name in {"metrics.json", "result.json", "checkpoints/last.ckpt"} - {kept}:
+        (run / name).unlink()
+    with pytest.raises(ConfigError, match="give --resume to go on"):
+        train(options(tiny_data, run, iterations=6), resume=False)
+
+
+def test_checkpoint_is_written_beside_its_place_and_leftovers_of_killed_processes_go(
+    run,
+    tiny_data,  # noqa: F811
+    monkeypatch,
+):
+    leftovers = [run / ".result.json.1.partial", run / "checkpoints" / ".last.ckpt.1.partial"]
+    for path in leftovers:
+        path.write_text("cut sh")
+    before, at_saving = (run / "checkpoints" / "last.ckpt").read_bytes(), []
+    original = torch.save
+
+    def save(content, file):
+        at_saving.append((os.path.basename(file.name), [path.exists() for path in leftovers]))
+        if "optimizer_states" in content:
+            raise OSError(28, "No space left on device")
+        original(content, file)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match="No space left.*another disk"):
+        train(options(tiny_data, run, iterations=5))
+    assert at_saving == [(f".last.ckpt.{os.getpid()}.partial", [False, False])]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint"])
+def test_checkpoint_that_cannot_be_read_is_named(run, tiny_data, content):  # noqa: F811
+    (run / "checkpoints" / "last.ckpt").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"last\.ckpt cannot be read .*; remove it"):
+        train(options(tiny_data, run, iterations=6))
 
 
 def test_command_prints_a_finished_run_without_objects_of_some_size(
@@ -195,6 +236,39 @@ def test_evaluation_that_was_interrupted_is_done_when_the_run_goes_on(
     assert not any("bbox/AP" in record for record in read_metrics(folder))
     train(options(tiny_data, folder))
     assert logged(folder) == logged(finished)
+
+
+def test_changed_learning_rate_momentum_and_weight_decay_hold_from_the_resumed_iteration(
+    finished,
+    tiny_data,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    teacher = {
+        "student_options": SMALL,
+        "teacher": "fasterrcnn_mobilenet_v2_fpn",
+        "teacher_options": SMALL,
+        "teacher_weights": str(finished / "model_final.pth"),
+        "inherit": ("roi_heads",),
+        "inherit_lr_factor": 0.5,
+    }
+    train(options(tiny_data, tmp_path, iterations=2, eval_period=0, log_period=1, **teacher))
+    seen = []
+    original = training.DetectionModule.training_step
+
+    def training_step(self, batch, index):
+        seen.extend(dict(group) for group in self.trainer.optimizers[0].param_groups)
+        return original(self, batch, index)
+
+    monkeypatch.setattr(training.DetectionModule, "training_step", training_step)
+    changed = {"learning_rate": 4e-4, "momentum": 0.8, "weight_decay": 2e-4, "warmup": 0}
+    longer = {"iterations": 4, "eval_period": 0, "log_period": 1, "steps": (3,)}
+    train(options(tiny_data, tmp_path, **teacher, **longer, **changed))
+    rates = [4e-4, 2e-4, 4e-5, 2e-5]  # of the groups at iteration 2, and at 3
+    assert [group["lr"] for group in seen] == pytest.approx(rates)
+    assert {(group["momentum"], group["weight_decay"]) for group in seen} == {(0.8, 2e-4)}
+    logged_rates = {x["iteration"]: x["lr"] for x in read_metrics(tmp_path) if "lr" in x}
+    assert logged_rates == pytest.approx({0: 5e-4, 1: 1e-3, 2: 4e-5, 3: 4e-5}, rel=2e-3)
 
 
 def run_of(folder, first) -> None:

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,13 +14,13 @@ from run_folders_torchvision import SMALL, options, tiny_data  # noqa: F401
 
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES
 from kd_detectron.errors import ConfigError
-from kd_detectron.runs.run import load_run
+from kd_detectron.runs.run import load_run, torchvision_name
 from kd_detectron.runs.tables import build_table, load_teacher
 from kd_detectron.torchvision import training
 from kd_detectron.torchvision.data import BatchesByIteration, DetectionData, trainable
 from kd_detectron.torchvision.data import test_loader as data_loader
 from kd_detectron.torchvision.main import build_parser, main, read_options
-from kd_detectron.torchvision.models import build_detector, short_name
+from kd_detectron.torchvision.models import build_detector
 from kd_detectron.torchvision.options import TrainingOptions
 from kd_detectron.torchvision.training import build_model, build_trainer, train
 from kd_detectron.visualize.curves import plot_curves
@@ -97,6 +99,28 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tiny_data, tmp_pat
     arguments = command(tiny_data, tmp_path / "run", "--learning-rate", "1e30", "--warmup", "0")
     assert main(arguments) == 1
     assert "is not finite at iteration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_what_stops_a_training_is_told_from_a_mistake_of_the_user(
+    tiny_data,  # noqa: F811
+    tmp_path,
+    capsys,
+    workers,
+):
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    image = sorted((data / "train").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:100])
+    assert main(command(data, tmp_path / "run", "--workers", workers)) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"the image {image} cannot be read: " in said[0]
+    (tmp_path / "file").touch()
+    for wrong in (
+        ["--output", str(tmp_path / "file" / "run")],
+        ["--train", str(data), str(data / "train")],
+    ):
+        assert main(command(data, tmp_path / "run", *wrong)) == 2
+        assert capsys.readouterr().err.startswith("error: ")
 
 
 def command(data, output, *more):
@@ -186,6 +210,7 @@ def test_wrong_options_are_refused(values, words):
         ("inherit_lr_factor: 1", 1.0),
         ("devices: 2", "2"),
         ("devices: [0, 1]", "0,1"),
+        ("devices: [1]", "1,"),  # the second device, not one
         ("precision: 32", "32"),
         ("distillers: CKD", {"CKD": {}}),
         ("distillers: [CKD=0.1, ReviewKD]", {"CKD": {"weight": 0.1}, "ReviewKD": {}}),
@@ -252,6 +277,26 @@ def test_only_the_first_process_prints_the_results(
     monkeypatch.setattr(rank_zero_only, "rank", rank)
     assert main(command(tiny_data, tmp_path)) == 0
     assert len(capsys.readouterr().out.splitlines()) == lines
+
+
+def test_gap_closed_is_known_where_the_teacher_was_given_by_name_and_weights(
+    runs,
+    tiny_data,  # noqa: F811
+    tmp_path,
+):
+    teacher = {
+        "teacher": "fasterrcnn_resnet18_fpn",
+        "teacher_options": SMALL | {"network": {}},
+        "teacher_weights": str(runs / "teacher" / "model_final.pth"),
+    }
+    by_name = options(tiny_data, tmp_path, distillers={"CKD": 0.1}, **teacher)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(by_name.config(8)))
+    distilled, baseline, teacher = (
+        replace(load_run(folder), results={"bbox": {"AP": ap}})
+        for folder, ap in ((tmp_path, 20.0), (runs / "baseline", 10.0), (runs / "teacher", 30.0))
+    )
+    row = build_table([baseline, distilled], teachers=[teacher]).rows[2]
+    assert (row.pair, row.values["box gap closed"].mean) == ("R18-MV2x0.25", 50.0)
 
 
 def test_teachers_weights_must_fit_in_every_key(runs, tiny_data):  # noqa: F811
@@ -351,6 +396,39 @@ def test_annotations_that_cannot_be_used_are_named(tmp_path, change, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("key", ["images", "annotations"])
+def test_repeated_ids_are_named(tmp_path, key):
+    file = coco_file(tmp_path, [OBJECT, OBJECT | {"id": 2, "image_id": 1}])
+    content = json.loads(file.read_text())
+    content[key][1]["id"] = content[key][0]["id"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=rf"a\.json: 2 of the {key} have the id \d; give"):
+        DetectionData(file, tmp_path, training=True)
+
+
+def test_image_and_masks_are_turned_as_the_images_exif_orientation_says(tmp_path):
+    from PIL import Image
+
+    shown = Image.new("RGB", (30, 40))
+    shown.paste((255, 255, 255), (2, 5, 12, 25))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by a quarter
+    corners = [2, 5, 12, 5, 12, 25, 2, 25]
+    file = coco_file(tmp_path, [OBJECT | {"bbox": [2, 5, 10, 20], "segmentation": [corners]}])
+    shown.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "0.png", exif=exif)
+    content = json.loads(file.read_text())
+    content["images"][0] |= {"width": 30, "height": 40}
+    file.write_text(json.dumps(content))
+    image, target = DetectionData(file, tmp_path, training=False, masks=True)[0]
+    assert image.shape == (3, 40, 30)
+    assert torch.equal(target["masks"][0].bool(), image[0] == 1)
+    assert target["boxes"].tolist() == [[2, 5, 12, 25]]
+    content["images"][0] |= {"width": 40, "height": 30}
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=r"0\.png is \(30, 40\) .* annotated as \(40, 30\)"):
+        DetectionData(file, tmp_path, training=False)[0]
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"annotations": [{}]}'])
 def test_file_that_is_not_in_coco_format_is_named(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
@@ -372,7 +450,8 @@ def test_interrupts_of_a_terminal_leave_the_processes_that_read_images():
 
 
 def test_short_names():
-    assert short_name("fasterrcnn_resnet50_fpn_v2") == "R50"
-    assert short_name("fasterrcnn_mobilenet_v3_large_320_fpn") == "MV3"
-    assert short_name("fasterrcnn_mobilenet_v2_fpn", {"network": {"width_mult": 0.5}}) == "MV2x0.5"
-    assert short_name("retinanet_regnet_y_400mf_fpn") == "regnet_y_400mf"
+    half = {"network": {"width_mult": 0.5}}
+    assert torchvision_name("fasterrcnn_resnet50_fpn_v2") == "R50"
+    assert torchvision_name("fasterrcnn_mobilenet_v3_large_320_fpn") == "MV3"
+    assert torchvision_name("fasterrcnn_mobilenet_v2_fpn", half) == "MV2x0.5"
+    assert torchvision_name("retinanet_regnet_y_400mf_fpn") == "regnet_y_400mf"

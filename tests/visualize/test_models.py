@@ -97,6 +97,19 @@ def test_records_are_chosen_reproducibly_and_found_by_name(write_trained_run):
         find_records(records, ["44.png"])
 
 
+def test_image_of_a_name_that_several_folders_have_is_told_by_its_folder():
+    records = [
+        {"file_name": f"data/{name}.png", "image_id": number}
+        for number, name in enumerate(["a/1", "b/1", "b/2"])
+    ]
+    found = find_records(records, ["a/1.png", "/home/data/b/1.png", "2.png", "data/a/1.png", "1"])
+    assert [record["image_id"] for record in found] == [0, 1, 2, 0, 1]
+    with pytest.raises(ConfigError, match=r"'1\.png' may be data/a/1\.png or data/b/1\.png; give"):
+        find_records(records, ["1.png"])
+    with pytest.raises(ConfigError, match=r"is called 'c/2\.png'; did you mean 2\.png"):
+        find_records(records, ["c/2.png"])
+
+
 def test_unknown_dataset_gets_one_sentence(write_trained_run):
     cfg = load_run_student(write_trained_run("run")).cfg
     with pytest.raises(ConfigError, match=r"coco_2017_vall.*did you mean"):
