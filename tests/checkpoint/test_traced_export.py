@@ -67,7 +67,11 @@ def write_run(folder, opts) -> torch.nn.Module:
 
 
 def assert_detects_the_same(run_exported, model) -> None:
-    """Compares an exported file with the model at sizes it was not traced at."""
+    """Compares an exported file with the model at sizes it was not traced at.
+
+    Rounding can keep a box in one of them that the other drops, where its overlap or score is at a
+    threshold: one in ten, or two, may differ.
+    """
     for seed, size in enumerate(((64, 96), (96, 64), (50, 70), (128, 160))):
         generator = torch.Generator().manual_seed(seed)
         pixels = torch.randint(0, 256, (3, *size), generator=generator).float()
@@ -77,8 +81,12 @@ def assert_detects_the_same(run_exported, model) -> None:
         fields[0] = fields[0].tensor
         *found, image_size = run_exported(pixels)
         assert tuple(image_size.tolist()) == size and len(expected) > 0
+        same = torch.ones(len(expected), len(found[0]), dtype=torch.bool)
         for a, b in zip(found, fields, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-3, atol=5e-3)
+            near = torch.isclose(a[None].float(), b[:, None].float(), rtol=1e-3, atol=5e-3)
+            same &= near.flatten(2).all(2) if near.dim() > 2 else near
+        for matched in (same.any(0), same.any(1)):
+            assert (~matched).sum() <= max(2, 0.1 * len(expected)), (size, same.shape, same.sum())
 
 
 @pytest.mark.parametrize("student", STUDENTS)
