@@ -1,10 +1,20 @@
-"""The command line as the target of a child process (tests/engine/test_faults.py)."""
+"""Child processes of tests: the command line as a target, and scripts that are one of several."""
 
+import importlib.util
 import io
 import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
+
+
+def load_script(path: Path, name: str):
+    """The module of a script beside a test, whose functions the test calls as well."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def train(

@@ -7,7 +7,6 @@ statistics of batch normalisation in training, which each process and each batch
 (here: frozen in the student, running statistics in ReviewKD).
 """
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_process import load_script
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from tiny import distilled_cfg, tiny_batch
@@ -27,14 +27,7 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 AVERAGES = ["ReviewKD", "KD", "DKD", "FitNet"]
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-two_processes = load_script()
+two_processes = load_script(SCRIPT, "two_processes")
 
 
 def cfg_without_chance(tmp_path):

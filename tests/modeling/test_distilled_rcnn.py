@@ -485,3 +485,13 @@ def test_matching_teacher_checkpoint_is_loaded(tmp_path):
     expected, actual = (x.model.roi_heads.state_dict() for x in (trained, teacher))
     for name, tensor in actual.items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_two_distillers_of_one_class_need_names_of_their_own(tmp_path):
+    parts = DistilledRCNN.from_config(distilled_cfg(tmp_path, distillers=["CKD"]))
+    parts["distillation_weights"] = {}
+    two = [parts["distillers"]["CKD"], copy.deepcopy(parts["distillers"]["CKD"])]
+    with pytest.raises(ConfigError, match=r"two of one class among \['CKD', 'CKD'\]"):
+        DistilledRCNN(**parts | {"distillers": two})
+    named = DistilledRCNN(**parts | {"distillers": {"one": two[0], "other": two[1]}})
+    assert list(named.distillers) == ["one", "other"]

@@ -1,25 +1,18 @@
 """Under DistributedDataParallel the gradients of two processes are averaged, the teacher is not."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from child_process import load_script
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("torchvision_two_processes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_two_processes_have_the_average_of_their_gradients_and_a_teacher_each(tmp_path):
-    two_processes = load_script()
+    two_processes = load_script(SCRIPT, "torchvision_two_processes")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path)]
     processes = [subprocess.Popen([*command, str(rank), "2"], env=environment) for rank in range(2)]

@@ -1,6 +1,5 @@
 """Evaluation of torchvision's detectors: the same with any number of processes, in float32."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from child_process import load_script
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from run_folders_torchvision import options, tiny_data  # noqa: F401
 from tiny_torchvision import detector
@@ -21,15 +21,8 @@ from kd_detectron.torchvision.training import DetectionModule, build_trainer, tr
 SCRIPT = Path(__file__).with_name("two_evaluations.py")
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("torchvision_two_evaluations", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_two_processes_with_three_and_two_images_have_the_ap_of_all_five(tmp_path, monkeypatch):
-    two_evaluations = load_script()
+    two_evaluations = load_script(SCRIPT, "torchvision_two_evaluations")
     two_evaluations.write_data(tmp_path)
     monkeypatch.setattr(os, "cpu_count", os.cpu_count)  # The script changes it.
     expected = two_evaluations.evaluate(tmp_path, 1)
