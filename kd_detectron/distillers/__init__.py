@@ -20,6 +20,7 @@ from .fgfi import FGFI
 from .fitnet import FitNet
 from .kd import KD
 from .maskkd import MaskKD
+from .pckd import PCKD
 from .pkd import PKD
 from .reviewkd import ReviewKD
 from .rpnkd import RPNKD
@@ -40,6 +41,7 @@ __all__ = [
     "KD",
     "MaskKD",
     "ModelSpec",
+    "PCKD",
     "PKD",
     "RPNKD",
     "ReviewKD",

@@ -5,6 +5,7 @@ training step.
 """
 
 import math
+from collections.abc import Sequence
 
 from kd_detectron.errors import ConfigError
 
@@ -70,6 +71,22 @@ def level_channels(
             f" {list(teacher.channels)}; choose a teacher with the student's levels"
         )
     return list(student.channels.values()), [teacher.channels[level] for level in student.channels]
+
+
+def count_levels(key: str, strides: Sequence[int], max_stride: int) -> int:
+    """How many levels, fine to coarse, have at most this stride.
+
+    Raises:
+        ConfigError: none has, or ``max_stride`` is no stride; ``key`` is the config key to name.
+    """
+    check_whole_number(key, max_stride, at_least=1)
+    count = sum(stride <= max_stride for stride in strides)
+    if not count:
+        raise ConfigError(
+            f"{key} is {max_stride}, but the strides of the feature levels are {list(strides)}; "
+            "raise it to one of them"
+        )
+    return count
 
 
 def check_same_channels(name: str, own: list[int], others: list[int], instead: str) -> None:

@@ -7,10 +7,9 @@ between the maps of the two models, so both need the same number of channels.
 
 from collections.abc import Sequence
 
-from kd_detectron.errors import ConfigError
 from kd_detectron.losses import pkd_loss
 
-from .argument_checks import check_same_channels, check_whole_number, level_channels
+from .argument_checks import check_same_channels, count_levels, level_channels
 from .base import DISTILLER_REGISTRY, Distiller
 
 
@@ -28,13 +27,7 @@ class PKD(Distiller):
             max_stride: levels of at most this stride are compared: p2 to p5 at 32, p6 too at 64.
         """
         super().__init__()
-        check_whole_number("KD.PKD.MAX_STRIDE", max_stride, at_least=1)
-        self.num_levels = sum(stride <= max_stride for stride in strides)
-        if not self.num_levels:
-            raise ConfigError(
-                f"KD.PKD.MAX_STRIDE is {max_stride}, but the strides of the feature levels are "
-                f"{list(strides)}; raise it to one of them"
-            )
+        self.num_levels = count_levels("KD.PKD.MAX_STRIDE", strides, max_stride)
 
     @classmethod
     def from_specs(cls, student, teacher, **options):

@@ -3,7 +3,7 @@
 from .bickd import bickd_loss
 from .ckd import ckd_loss
 from .contrastive import crd_loss, dcd_loss, supcon_loss
-from .features import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss, pkd_loss
+from .features import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss, pckd_loss, pkd_loss
 from .heads import box_kd_loss, mask_kd_loss, rpn_kd_loss
 from .logits import dkd_loss, kd_loss
 
@@ -20,6 +20,7 @@ __all__ = [
     "hcl_loss",
     "kd_loss",
     "mask_kd_loss",
+    "pckd_loss",
     "pkd_loss",
     "rpn_kd_loss",
     "supcon_loss",

@@ -1,4 +1,4 @@
-"""Losses on feature maps: HCL (ReviewKD), FitNet's MSE, FGFI's masked imitation and PKD.
+"""Losses on feature maps: HCL (ReviewKD), FitNet's MSE, FGFI's masked imitation, PKD and PCKD.
 
 Sources: "Distilling Knowledge via Knowledge Review" (ReviewKD, CVPR 2021, arXiv 2104.09044);
 "FitNets", arXiv 1412.6550; "Distilling Object Detectors with Fine-grained Feature Imitation"
@@ -7,7 +7,8 @@ Pearson Correlation Coefficient", NeurIPS 2022, arXiv 2207.02039.
 
 Shapes: N images, C channels; one (N, C, H, W) map per level, fine to coarse; A anchors per
 location, G ground-truth boxes of one image. The student's maps arrive adapted to the teacher's
-channels by the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``; ``PKD`` compares them as they are.
+channels by the distillers ``ReviewKD``, ``FitNet`` and ``FGFI``; ``PKD`` and ``PCKD`` compare them
+as they are.
 
 Difference from FGFI's single-map release: the mask and the loss are taken level by level, each
 with its own best anchors, and the levels' losses are added (``tests/losses/test_features.py``).
@@ -174,6 +175,62 @@ def pkd_loss(
         # Of a constant map nothing is left but the other one's variance, 1.
         total = total + ((varies[0].float() + varies[1].float()) / 2 - pearson).mean()
     return total
+
+
+def pckd_loss(
+    student_features: Sequence[torch.Tensor],
+    teacher_features: Sequence[torch.Tensor],
+    *,
+    floor: float = 0.01,
+) -> torch.Tensor:
+    """PCKD: relative squared error of each principal component of the teacher's map, sum of levels.
+
+    The components are the eigenvectors v_i, with eigenvalues (variances) l_i, of the covariance of
+    the teacher's C channels over (N, H, W). With both maps less the teacher's mean, s_i and t_i
+    their projections onto v_i, E the mean over (N, H, W) and e = floor * mean(l), a level has
+
+        sum_i w_i E[(s_i - t_i)^2] / (E[s_i^2] + E[t_i^2] + e) / sum_i w_i,   w_i = l_i / (l_i + e):
+
+    0 for equal maps, about 1 for unrelated ones, at most 2. Without e each summand is 1 minus the
+    concordance correlation coefficient (Lin, Biometrics 1989), but for the means.
+
+    Args:
+        student_features, teacher_features: (N, C, H, W) of each level. The teacher's are detached.
+        floor: components of less than this share of the mean variance hardly count.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: the two sequences do not match in length or shapes.
+    """
+    _check_same_shapes(student_features, teacher_features)
+    total = 0.0
+    for student, teacher in zip(student_features, teacher_features, strict=True):
+        # Autocast would round the projections, and with them the small components, to 16 bits.
+        with torch.autocast(student.device.type, enabled=False):
+            total = total + _component_error(
+                student.float().transpose(0, 1).flatten(1),
+                teacher.detach().float().transpose(0, 1).flatten(1),
+                floor,
+            )
+    return total
+
+
+def _component_error(student: torch.Tensor, teacher: torch.Tensor, floor: float) -> torch.Tensor:
+    """``pckd_loss`` of one level, from (C, N * H * W)."""
+    mean = teacher.mean(dim=1, keepdim=True)
+    student, teacher = student - mean, teacher - mean
+    covariance = teacher @ teacher.T / teacher.shape[1]
+    # eigh refuses what is not finite; the projections below still carry it into the loss.
+    covariance = torch.where(covariance.isfinite().all(), covariance, 0.0)
+    variances, components = torch.linalg.eigh(covariance)
+    student, teacher = components.T @ student, components.T @ teacher
+    floor_variance = (floor * variances.mean()).clamp(min=_SMALLEST_VARIANCE)
+    weights = variances.clamp(min=0) / (variances.clamp(min=0) + floor_variance)
+    power = student.square().mean(dim=1) + teacher.square().mean(dim=1) + floor_variance
+    errors = (student - teacher).square().mean(dim=1) / power
+    return (weights * errors).sum() / weights.sum().clamp(min=_SMALLEST_VARIANCE)
 
 
 def _check_same_shapes(

@@ -1,8 +1,8 @@
 """A small stand-in for what both models computed in a step, with every part a distiller may read.
 
-Two models that differ wherever they may: channels of the maps (C; not for PKD, which compares them
-as they are) and width of the box head (D). All teacher tensors require grad here, so that a test
-sees whether a distiller would train them.
+Two models that differ wherever they may: channels of the maps (C; not for PKD and PCKD, which
+compare them as they are) and width of the box head (D). All teacher tensors require grad here, so
+that a test sees whether a distiller would train them.
 """
 
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ BOXES = [[[2.0, 3, 11, 12], [10, 10, 30, 29]], [[5.0, 1, 20, 22]], []]
 def widths(request):
     """C and D of both models, for the distiller that the test is of."""
     name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
-    return WIDTHS | {"teacher": (4, 7)} if name == "PKD" else WIDTHS
+    return WIDTHS | {"teacher": (4, 7)} if name in ("PKD", "PCKD") else WIDTHS
 
 
 def spec(widths: tuple[int, int], num_classes: int) -> ModelSpec:

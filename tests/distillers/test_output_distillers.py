@@ -1,11 +1,11 @@
-"""PKD, RPNKD, BoxKD and MaskKD: their options, and that they compare what the context holds."""
+"""PKD, PCKD, RPNKD, BoxKD and MaskKD: their options, and that they compare the context's parts."""
 
 import pytest
 import torch
 
 from kd_detectron.distillers import ModelSpec, build_distiller
 from kd_detectron.errors import ConfigError
-from kd_detectron.losses import box_kd_loss, mask_kd_loss, pkd_loss, rpn_kd_loss
+from kd_detectron.losses import box_kd_loss, mask_kd_loss, pckd_loss, pkd_loss, rpn_kd_loss
 
 LEVELS = {"p2": 4, "p3": 8, "p6": 64}
 
@@ -24,27 +24,31 @@ def only_loss(name, options, context, both=None):
 
 
 @pytest.mark.parametrize(("max_stride", "count"), [(4, 1), (8, 2), (32, 3)])
-@pytest.mark.parametrize("name", ["PKD"])
-def test_pkd_sums_the_levels_up_to_its_stride(name, max_stride, count, make_context):
+@pytest.mark.parametrize(("name", "loss_of"), [("PKD", pkd_loss), ("PCKD", pckd_loss)])
+def test_pkd_sums_the_levels_up_to_its_stride(name, loss_of, max_stride, count, make_context):
     context = make_context()
     levels = list(context.student.features)[:count]
     strides = dict(zip(context.student.features, (4, 8, 16), strict=True))
     same = ModelSpec(dict.fromkeys(strides, 4), strides)
     loss = only_loss(name, {"MAX_STRIDE": max_stride}, context, same)
     maps = [[side.features[x] for x in levels] for side in (context.student, context.teacher)]
-    assert torch.equal(loss, pkd_loss(*maps))
+    assert torch.equal(loss, loss_of(*maps))
 
 
-def test_pkd_compares_p2_to_p5_by_default_with_the_papers_weight():
-    distiller = build_distiller("PKD", {}, spec(), spec())
+@pytest.mark.parametrize("name", ["PKD", "PCKD"])
+def test_pkd_compares_p2_to_p5_by_default_with_the_papers_weight(name):
+    distiller = build_distiller(name, {}, spec(), spec())
     assert distiller.num_levels == 2 and distiller.default_weight == 6.0
 
 
-def test_pkd_refuses_other_channels_and_strides_that_no_level_has():
-    with pytest.raises(ConfigError, match=r"PKD.*\[256, 256, 256\].*\[128, 128, 128\].*ReviewKD"):
-        build_distiller("PKD", {}, spec(), spec(128))
-    with pytest.raises(ConfigError, match=r"KD.PKD.MAX_STRIDE is 2.*\[4, 8, 64\]"):
-        build_distiller("PKD", {"MAX_STRIDE": 2}, spec(), spec())
+@pytest.mark.parametrize("name", ["PKD", "PCKD"])
+def test_pkd_refuses_other_channels_and_strides_that_no_level_has(name):
+    with pytest.raises(
+        ConfigError, match=rf" {name}.*\[256, 256, 256\].*\[128, 128, 128\].*ReviewKD"
+    ):
+        build_distiller(name, {}, spec(), spec(128))
+    with pytest.raises(ConfigError, match=rf"KD.{name}.MAX_STRIDE is 2.*\[4, 8, 64\]"):
+        build_distiller(name, {"MAX_STRIDE": 2}, spec(), spec())
 
 
 @pytest.mark.parametrize("anchors", ["sampled", "all"])
@@ -88,6 +92,7 @@ def test_maskkd_is_its_loss(make_context):
         ("BoxKD", {"FORM": "free"}, "KD.BOXKD.FORM is 'free'"),
         ("BoxKD", {"MARGIN": float("nan")}, "KD.BOXKD.MARGIN is nan"),
         ("PKD", {"MAX_STRIDE": 4.5}, "KD.PKD.MAX_STRIDE is 4.5"),
+        ("PCKD", {"FLOOR": 0}, "KD.PCKD.FLOOR is 0"),
     ],
 )
 def test_impossible_options_are_refused_by_their_config_keys(name, options, words):

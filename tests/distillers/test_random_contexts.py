@@ -45,6 +45,7 @@ OPTIONS = {
         "form": st.sampled_from(["contrastive", "orthogonal"]),
     },
     "PKD": {"max_stride": st.sampled_from([4, 16, 1000])},
+    "PCKD": {"max_stride": st.sampled_from([4, 16, 1000]), "floor": st.floats(1e-6, 10)},
     "RPNKD": {"anchors": st.sampled_from(["sampled", "all"]), "delta_weight": st.floats(0, 10)},
     "BoxKD": {"form": st.sampled_from(["teacher", "bounded"]), "margin": st.floats(0, 10)},
     "MaskKD": {},
@@ -152,7 +153,7 @@ def steps(draw, same_channels=False):
 )
 @given(data=st.data())
 def test_loss_and_gradients_are_finite_whatever_the_step(name, data):
-    specs, context = data.draw(steps(same_channels=name == "PKD"))
+    specs, context = data.draw(steps(same_channels=name in ("PKD", "PCKD")))
     options = {key: data.draw(values, label=key) for key, values in OPTIONS[name].items()}
     weight = data.draw(st.floats(0, 100), label="weight")
     distiller = build_distiller(name, options, *specs).train()

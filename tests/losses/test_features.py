@@ -1,11 +1,19 @@
-"""HCL, FitNet's, FGFI's and PKD's losses against slow references, and FGFI's mask by hand."""
+"""The losses on feature maps against slow references, and FGFI's mask by hand."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from kd_detectron.losses import fgfi_loss, fgfi_mask, fitnet_loss, hcl_loss, pkd_loss
+from kd_detectron.losses import (
+    fgfi_loss,
+    fgfi_mask,
+    fitnet_loss,
+    hcl_loss,
+    pckd_loss,
+    pkd_loss,
+)
 
 ODD_SIZES = ((7, 9), (5, 5), (3, 4), (2, 3), (1, 1))
 
@@ -177,6 +185,7 @@ def all_losses(student, teacher):
         "fitnet": fitnet_loss(student, teacher),
         "fgfi": fgfi_loss(student, teacher, masks),
         "pkd": pkd_loss(student, teacher),
+        "pckd": pckd_loss(student, teacher),
     }
 
 
@@ -200,7 +209,7 @@ def test_16_bit_maps_of_large_values_give_finite_float32_losses(dtype):
 
 
 def test_maps_of_different_shapes_are_refused_rather_than_broadcast():
-    for loss in (hcl_loss, fitnet_loss, pkd_loss):
+    for loss in (hcl_loss, fitnet_loss, pkd_loss, pckd_loss):
         with pytest.raises(ValueError, match="same levels and shapes"):
             loss([torch.zeros(1, 2, 4, 4)], [torch.zeros(1, 2, 4, 1)])
         with pytest.raises(ValueError, match="same levels and shapes"):
@@ -273,3 +282,118 @@ def test_pkd_of_one_location_in_one_image_is_a_zero_with_a_graph():
     loss = pkd_loss(student, [torch.randn(1, 3, 1, 1)])
     loss.backward()
     assert loss == 0 and torch.equal(student[0].grad, torch.zeros(1, 3, 1, 1))
+
+
+# ---- PCKD ----
+
+
+def reference_pckd(student, teacher, floor=0.01):
+    """The docstring's formula, component by component, with NumPy's eigenvectors."""
+    total = 0.0
+    for s, t in zip(student, teacher, strict=True):
+        s, t = (x.double().transpose(0, 1).flatten(1).numpy() for x in (s, t))
+        mean = t.mean(axis=1, keepdims=True)
+        variances, components = np.linalg.eigh(np.cov(t, bias=True))
+        smallest = floor * variances.mean()
+        level = weights = 0.0
+        for variance, component in zip(variances, components.T, strict=True):
+            own, other = component @ (s - mean), component @ (t - mean)
+            error = ((own - other) ** 2).mean()
+            weight = variance / (variance + smallest)
+            level += weight * error / ((own**2).mean() + (other**2).mean() + smallest)
+            weights += weight
+        total += level / weights
+    return total
+
+
+def correlated_maps(seed, count=2):
+    """Maps whose first principal component has nearly all the variance, as those of an FPN."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.tensor([10.0, 1.0, 0.3, 0.1])
+    mix = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(9)))[0]
+    found = []
+    for _ in range(count):
+        independent = torch.randn(2, 5, 6, 4, generator=generator) * scale
+        found.append((independent @ mix + 3).permute(0, 3, 1, 2).contiguous())
+    return found
+
+
+@pytest.mark.parametrize("floor", [0.001, 0.01, 1.0])
+def test_pckd_is_the_relative_error_of_each_principal_component(floor):
+    student, teacher = correlated_maps(0), correlated_maps(1)
+    expected = reference_pckd(student, teacher, floor)
+    assert pckd_loss(student, teacher, floor=floor).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_pckd_of_equal_maps_is_zero_and_of_unrelated_ones_one_for_each_level():
+    (student,), (teacher,) = correlated_maps(0, 1), correlated_maps(1, 1)
+    assert pckd_loss([teacher], [teacher]).abs() < 1e-6
+    assert pckd_loss([student], [teacher]).item() == pytest.approx(1, abs=0.2)
+    about_mean = 2 * teacher.mean(dim=(0, 2, 3), keepdim=True) - teacher
+    assert pckd_loss([about_mean], [teacher], floor=1e-6).item() == pytest.approx(2, abs=0.01)
+
+
+def test_pckd_sees_a_small_component_as_well_as_a_large_one():
+    (teacher,) = correlated_maps(1, 1)
+    flat = teacher.transpose(0, 1).flatten(1)
+    mean = flat.mean(dim=1, keepdim=True)
+    components = torch.linalg.eigh(torch.cov(flat))[1]
+    losses = {}
+    for name, index in (("large", 3), ("small", 2)):
+        direction = components[:, index, None]
+        lacking = flat - direction @ (direction.T @ (flat - mean))
+        lacking = lacking.unflatten(1, (2, 5, 6)).transpose(0, 1)
+        losses[name] = [pckd_loss([lacking], [teacher]), pkd_loss([lacking], [teacher])]
+    pckd, pkd = zip(losses["large"], losses["small"], strict=True)
+    assert pckd[1] > 0.5 * pckd[0]
+    assert pkd[1] < 0.1 * pkd[0]
+
+
+def test_pckd_does_not_change_when_the_channels_of_both_maps_are_rotated():
+    student, teacher = correlated_maps(0), correlated_maps(1)
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(3)))[0]
+    rotated = [
+        [torch.einsum("dc,nchw->ndhw", rotation, x) for x in side] for side in (student, teacher)
+    ]
+    expected = pckd_loss(student, teacher)
+    torch.testing.assert_close(pckd_loss(*rotated), expected, rtol=1e-4, atol=0)
+
+
+def test_pckd_sees_scale_and_offset_unlike_pkd():
+    teacher = correlated_maps(1)
+    for moved in ([2 * x for x in teacher], [x + 3 for x in teacher]):
+        assert pkd_loss(moved, teacher).abs() < 1e-5
+        assert pckd_loss(moved, teacher) > 0.1
+
+
+def test_pckd_is_computed_in_float32_under_autocast():
+    student, teacher = correlated_maps(0), correlated_maps(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = pckd_loss(student, teacher)
+    assert torch.equal(loss, pckd_loss(student, teacher))
+
+
+@pytest.mark.parametrize("constant", ["student", "teacher", "both"])
+def test_pckd_of_constant_maps_is_finite_and_so_are_its_gradients(constant):
+    sides = {"student": correlated_maps(0), "teacher": correlated_maps(1)}
+    for name, side in sides.items():
+        if constant in (name, "both"):
+            side[0].fill_(5.0)
+    student = [x.requires_grad_() for x in sides["student"]]
+    loss = pckd_loss(student, sides["teacher"])
+    loss.backward()
+    assert loss.isfinite() and all(x.grad.isfinite().all() for x in student)
+
+
+def test_pckd_of_one_location_in_one_image_is_a_zero_with_a_graph():
+    student = [torch.randn(1, 3, 1, 1, requires_grad=True)]
+    loss = pckd_loss(student, [torch.randn(1, 3, 1, 1)])
+    loss.backward()
+    assert loss == 0 and torch.equal(student[0].grad, torch.zeros(1, 3, 1, 1))
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_pckd_of_maps_that_are_not_finite_is_not_finite(broken):
+    sides = {"student": correlated_maps(0), "teacher": correlated_maps(1)}
+    sides[broken][1][0, 0, 0, 0] = math.inf
+    assert not pckd_loss(sides["student"], sides["teacher"]).isfinite()

@@ -17,7 +17,7 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.torchvision import DistilledDetector
 from kd_detectron.torchvision.conventions import level_names, renormalize
 
-OF_FEATURES = ["FGFI", "FitNet", "PKD", "ReviewKD"]
+OF_FEATURES = ["FGFI", "FitNet", "PCKD", "PKD", "ReviewKD"]
 UNTRAINED = {"weights": None, "weights_backbone": None, "num_classes": 4}
 
 
