@@ -15,6 +15,7 @@ COMMANDS = {
     "benchmark": "kd_detectron.profiling.command",
     "benchmark_torchvision": "kd_detectron.torchvision.benchmark",
     "gradient_norms": "kd_detectron.profiling.gradient_norms",
+    "principal_components": "kd_detectron.profiling.principal_components",
     "gpu_report": "kd_detectron.profiling.gpu_command",
     "label": "kd_detectron.labelling.main",
 }
