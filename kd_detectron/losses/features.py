@@ -219,18 +219,29 @@ def pckd_loss(
 
 def _component_error(student: torch.Tensor, teacher: torch.Tensor, floor: float) -> torch.Tensor:
     """``pckd_loss`` of one level, from (C, N * H * W)."""
+    error = student - teacher
     mean = teacher.mean(dim=1, keepdim=True)
     student, teacher = student - mean, teacher - mean
-    covariance = teacher @ teacher.T / teacher.shape[1]
-    # eigh refuses what is not finite; the projections below still carry it into the loss.
+    covariance = _second_moments(teacher)
+    # eigh refuses what is not finite; the errors below still carry it into the loss.
     covariance = torch.where(covariance.isfinite().all(), covariance, 0.0)
     variances, components = torch.linalg.eigh(covariance)
-    student, teacher = components.T @ student, components.T @ teacher
-    floor_variance = (floor * variances.mean()).clamp(min=_SMALLEST_VARIANCE)
-    weights = variances.clamp(min=0) / (variances.clamp(min=0) + floor_variance)
-    power = student.square().mean(dim=1) + teacher.square().mean(dim=1) + floor_variance
-    errors = (student - teacher).square().mean(dim=1) / power
+    variances = variances.clamp(min=0)
+
+    def along_components(moments: torch.Tensor) -> torch.Tensor:
+        # v_i^T M v_i of each component: no projected map is needed.
+        return (components * (moments @ components)).sum(dim=0)
+
+    smallest = (floor * variances.mean()).clamp(min=_SMALLEST_VARIANCE)
+    power = along_components(_second_moments(student)) + variances + smallest
+    errors = along_components(_second_moments(error)) / power
+    weights = variances / (variances + smallest)
     return (weights * errors).sum() / weights.sum().clamp(min=_SMALLEST_VARIANCE)
+
+
+def _second_moments(rows: torch.Tensor) -> torch.Tensor:
+    """Means of the products of all pairs of rows: (C, M) -> (C, C)."""
+    return rows @ rows.T / rows.shape[1]
 
 
 def _check_same_shapes(
