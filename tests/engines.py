@@ -97,7 +97,7 @@ class Detectron2:
 
         self.folder = folder
         self._cfg = distilled_cfg(folder, opts=["MODEL.MASK_ON", True])
-        # PKD and PCKD compare channel with channel.
+        # PKD and PCKD compare the maps as they are.
         self._cfg.KD.TEACHER.OPTS = ["MODEL.MASK_ON", True, "MODEL.FPN.OUT_CHANNELS", 32]
 
     def build(self, distillers, *, same_weights: bool = False) -> nn.Module:

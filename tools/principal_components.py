@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the principal components of the teacher's maps carry, and a student's error in each.
 
-tools/principal_components.py --config-file NAME [MODEL.WEIGHTS RUN/model_final.pth]
+tools/principal_components.py [--student RUN/model_final.pth] --config-file NAME
 """
 
 import sys

@@ -77,7 +77,8 @@ def count_levels(key: str, strides: Sequence[int], max_stride: int) -> int:
     """How many levels, fine to coarse, have at most this stride.
 
     Raises:
-        ConfigError: none has, or ``max_stride`` is no stride; ``key`` is the config key to name.
+        ConfigError: none has, or ``max_stride`` is not a whole number of at least 1; ``key`` is the
+            config key to name.
     """
     check_whole_number(key, max_stride, at_least=1)
     count = sum(stride <= max_stride for stride in strides)
@@ -90,7 +91,7 @@ def count_levels(key: str, strides: Sequence[int], max_stride: int) -> int:
 
 
 def check_same_channels(name: str, own: list[int], others: list[int], instead: str) -> None:
-    """Refuses levels of different widths, for a distiller that compares channel with channel.
+    """Refuses levels of different widths, for a distiller without adapters.
 
     Args:
         name: the distiller, for the message.
@@ -102,7 +103,7 @@ def check_same_channels(name: str, own: list[int], others: list[int], instead: s
     """
     if own != others:
         raise ConfigError(
-            f"KD.DISTILLERS names {name}, which compares channel with channel, but the student's "
+            f"KD.DISTILLERS names {name}, which compares the maps as they are, but the student's "
             f"levels (MODEL.FPN.OUT_CHANNELS) have {own} channels and the teacher's {others}; "
             f"give both the same width, or {instead}"
         )

@@ -1,9 +1,9 @@
 """PCKD: the student's feature maps equal the teacher's in each principal component.
 
-A method of this project, not of a paper. Most of the variance of a detector's FPN map lies in one
-or two directions of its channels, object against background, and what places boxes and masks in
-others, of a hundredth of it. PKD's correlation and FitNet's squared error hardly see those; here
-each principal component counts by itself. ``docs/methods.md`` has the measurements.
+A method of this project, not of a paper. The first principal components of an FPN map's channels
+have most of its variance, but the heads need components of a few hundredths of it as well.
+PKD's correlation and FitNet's squared error weight a component by its variance; here each counts
+alike. ``docs/methods.md`` has the measurements.
 
 Features are (N, C, H, W) maps, fine to coarse. Nothing stands between the maps of the two models,
 so both need the same number of channels; scale and offset count, so the student's heads should
@@ -29,7 +29,8 @@ class PCKD(Distiller):
         """
         Args:
             strides: of the student's levels, fine to coarse.
-            floor: components of less than this share of the mean variance hardly count; above 0.
+            floor: a component with this share of the level's mean variance has half the weight,
+                those far below it hardly any; above 0.
             max_stride: levels of at most this stride are compared: p2 to p5 at 32, p6 too at 64.
         """
         super().__init__()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_iou
 
 _POOL_SIZES = (4, 2, 1)
-# PKD's epsilon, 1e-6, squared: a channel of smaller variance is constant.
+# PKD's epsilon, 1e-6, squared: what has a smaller variance is constant.
 _SMALLEST_VARIANCE = 1e-12
 
 
@@ -186,17 +186,21 @@ def pckd_loss(
     """PCKD: relative squared error of each principal component of the teacher's map, sum of levels.
 
     The components are the eigenvectors v_i, with eigenvalues (variances) l_i, of the covariance of
-    the teacher's C channels over (N, H, W). With both maps less the teacher's mean, s_i and t_i
-    their projections onto v_i, E the mean over (N, H, W) and e = floor * mean(l), a level has
+    the C channels of the teacher's map, over the locations of the images given. With both maps less
+    the teacher's mean, s_i and t_i their projections onto v_i, E the mean over (N, H, W) and
+    e = floor * mean(l), a level has
 
         sum_i w_i E[(s_i - t_i)^2] / (E[s_i^2] + E[t_i^2] + e) / sum_i w_i,   w_i = l_i / (l_i + e):
 
-    0 for equal maps, about 1 for unrelated ones, at most 2. Without e each summand is 1 minus the
-    concordance correlation coefficient (Lin, Biometrics 1989), but for the means.
+    0 for equal maps, about 1 for unrelated ones, at most 2. Without e each quotient is 1 minus the
+    concordance correlation coefficient of s_i and t_i (Lin, Biometrics 1989). Far from the teacher
+    its gradient is small, as the student's own power is in the denominator. A constant map of the
+    teacher has no components: its loss is 0.
 
     Args:
         student_features, teacher_features: (N, C, H, W) of each level. The teacher's are detached.
-        floor: components of less than this share of the mean variance hardly count.
+        floor: a component with this share of the level's mean variance has half the weight, those
+            far below it hardly any.
 
     Returns:
         A float32 scalar.
@@ -207,7 +211,7 @@ def pckd_loss(
     _check_same_shapes(student_features, teacher_features)
     total = 0.0
     for student, teacher in zip(student_features, teacher_features, strict=True):
-        # Autocast would round the projections, and with them the small components, to 16 bits.
+        # Autocast would round the moments, and with them the small components, to 16 bits.
         with torch.autocast(student.device.type, enabled=False):
             total = total + _component_error(
                 student.float().transpose(0, 1).flatten(1),
@@ -221,8 +225,10 @@ def _component_error(student: torch.Tensor, teacher: torch.Tensor, floor: float)
     """``pckd_loss`` of one level, from (C, N * H * W)."""
     error = student - teacher
     mean = teacher.mean(dim=1, keepdim=True)
+    rounding = _SMALLEST_VARIANCE * (1 + teacher.square().mean())
     student, teacher = student - mean, teacher - mean
-    covariance = _second_moments(teacher)
+    # What is C x C is computed in float64: a small component is the difference of large numbers.
+    covariance = _second_moments(teacher).double()
     # eigh refuses what is not finite; the errors below still carry it into the loss.
     covariance = torch.where(covariance.isfinite().all(), covariance, 0.0)
     variances, components = torch.linalg.eigh(covariance)
@@ -230,13 +236,15 @@ def _component_error(student: torch.Tensor, teacher: torch.Tensor, floor: float)
 
     def along_components(moments: torch.Tensor) -> torch.Tensor:
         # v_i^T M v_i of each component: no projected map is needed.
-        return (components * (moments @ components)).sum(dim=0)
+        return (components * (moments.double() @ components)).sum(dim=0)
 
-    smallest = (floor * variances.mean()).clamp(min=_SMALLEST_VARIANCE)
+    smallest = (floor * variances.mean()).clamp(min=rounding)
     power = along_components(_second_moments(student)) + variances + smallest
     errors = along_components(_second_moments(error)) / power
-    weights = variances / (variances + smallest)
-    return (weights * errors).sum() / weights.sum().clamp(min=_SMALLEST_VARIANCE)
+    weights = variances / (variances + smallest) * (variances.mean() > rounding)
+    # Nothing is compared, and so the loss 0, where all weights are 0.
+    total = weights.sum()
+    return ((weights * errors).sum() / torch.where(total > 0, total, 1.0)).float()
 
 
 def _second_moments(rows: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
 The channels of an FPN map are correlated: a few directions hold most of its variance. This says how
 much of the variance the first k components have, the AP of the teacher when its heads see only
-these, and how far a trained student is from the teacher within each group of components. Where a
-few components have nearly all the variance but not the AP, losses that compare channels (PKD,
-FitNet) leave the others unlearnt; ``PCKD`` compares component with component.
+these, and how far a trained student is from the teacher within each group of components. Losses
+that compare channels (PKD, FitNet) weight a component by its variance, ``PCKD`` all alike.
 
 ``tools/principal_components.py`` prints the table. Nothing is trained or written.
 """
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -21,16 +21,26 @@ from detectron2.evaluation import COCOEvaluator, inference_on_dataset
 from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.commands import exit_code, parse_arguments
+from kd_detectron.checkpoint.checkpointer import refuse_misfit
+from kd_detectron.commands import (
+    add_import_option,
+    exit_code,
+    import_user_code,
+    parse_arguments,
+)
 from kd_detectron.config import get_config
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.teacher_loading import load_teacher
+from kd_detectron.preflight.classes import check_teacher_to_evaluate
+from kd_detectron.preflight.config import check_meta_architecture
 from kd_detectron.preflight.data import check_data
+from kd_detectron.preflight.evaluation import evaluator_type
 
 Maps = Mapping[str, torch.Tensor]
-_TASKS = {"bbox": "box AP", "segm": "mask AP"}
+_TASKS = {"bbox": "box AP", "segm": "mask AP", "keypoints": "keypoint AP"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +63,7 @@ class Components:
         return self.directions.T @ (flat - self.mean[:, None])
 
     def keep(self, features: torch.Tensor, count: int) -> torch.Tensor:
-        """The maps (N, C, H, W) without all but the first ``count`` components."""
+        """The maps (N, C, H, W) with only the first ``count`` components; the others are 0."""
         kept = self.directions[:, :count]
         projection = kept @ kept.T
         centred = features.float() - self.mean[:, None, None]
@@ -66,7 +76,7 @@ def principal_components(batches: Iterable[Maps]) -> dict[str, Components]:
     """Principal components of each level over all images and locations.
 
     Args:
-        batches: level name -> (N, C, H, W), several times.
+        batches: one mapping per batch, level name -> (N, C, H, W).
     """
     sums: dict[str, list[torch.Tensor]] = {}
     for maps in batches:
@@ -86,7 +96,9 @@ def principal_components(batches: Iterable[Maps]) -> dict[str, Components]:
     return found
 
 
-def kept_components(backbone: nn.Module, components: Mapping[str, Components], count: int):
+def kept_components(
+    backbone: nn.Module, components: Mapping[str, Components], count: int
+) -> RemovableHandle:
     """Restricts what a backbone returns to its first components; returns the hook's handle."""
     return backbone.register_forward_hook(
         lambda module, args, maps: {k: components[k].keep(v, count) for k, v in maps.items()}
@@ -102,7 +114,7 @@ def component_errors(
     0: as the teacher; 1: unrelated.
 
     Args:
-        pairs: maps of student and teacher on the same images, several times.
+        pairs: the maps of student and teacher on the same images, one pair per batch.
     """
     sums: dict[str, torch.Tensor] = {}
     for student, teacher in pairs:
@@ -117,9 +129,9 @@ def component_errors(
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Principal components of the teacher's feature maps: their share of the "
-        "variance, the teacher's AP on the first ones alone and, with MODEL.WEIGHTS, the error of "
-        "the student in them. On the test data of a distilled config, whose student needs the "
-        "teacher's FPN width."
+        "variance (mean of the levels), the teacher's AP on the first ones alone, and with "
+        "--student the student's error in the components that each row adds, level by level. The "
+        "AP is that of the whole first test dataset, evaluated once per row."
     )
     parser.add_argument("--config-file", required=True, metavar="NAME")
     parser.add_argument(
@@ -128,11 +140,16 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[2, 4, 8, 16, 32],
         metavar="K",
-        help="how many components the teacher keeps, one row each (%(default)s and all)",
+        help="how many components the teacher keeps, one row each and one for all (%(default)s); "
+        "another option must follow",
     )
     parser.add_argument(
-        "--images", type=int, default=64, help="test images (%(default)s) for the components"
+        "--student", default="", metavar="FILE", help="checkpoint of a student of this config"
     )
+    parser.add_argument(
+        "--images", type=int, default=64, help="test images for components, errors (%(default)s)"
+    )
+    add_import_option(parser)
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE overrides")
     return parser
 
@@ -141,69 +158,119 @@ def measure(args: argparse.Namespace) -> str:
     """Measures the config that the arguments name and returns the table as text.
 
     Raises:
-        ConfigError: the config is not distilled or has no test data, or ``--keep`` is not rising.
+        ConfigError: the config has no teacher or COCO-format test data, the student's maps are of
+            other sizes than the teacher's, or an argument is wrong.
     """
+    for name in args.imports:
+        import_user_code(name)
+    if args.keep[0] < 1 or any(a >= b for a, b in pairwise(args.keep)):
+        raise ConfigError(f"--keep is {args.keep}; give rising numbers of at least 1")
+    if args.images < 1:
+        raise ConfigError(f"--images is {args.images}; give a number of at least 1")
     device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
     cfg = get_config(args.config_file, [*device, *args.opts])
+    check_meta_architecture(cfg)
+    summaries = _check_needs(cfg)
+    teacher, input_format = load_teacher(cfg)
+    check_teacher_to_evaluate(cfg, summaries, teacher)
+    teacher.eval()
+    student = _load_student(cfg, args.student) if args.student else None
+    if student:
+        _check_same_maps(student.backbone, teacher.backbone)
+
+    def maps(model: nn.Module, input_format: str) -> Iterable[Maps]:
+        for batch in islice(_loader(cfg, input_format), args.images):
+            with torch.no_grad():
+                yield model.backbone(model.preprocess_image(batch).tensor)
+
+    components = principal_components(maps(teacher, input_format))
+    errors = {}
+    if student:
+        own, others = maps(student, cfg.INPUT.FORMAT), maps(teacher, input_format)
+        errors = component_errors(zip(own, others, strict=True), components)
+    width = max(len(found.mean) for found in components.values())
+    counts = [*(count for count in args.keep if count < width), width]
+    rows = []
+    for before, count in pairwise([0, *counts]):
+        shares = [f.variances[:count].sum() / f.variances.sum() for f in components.values()]
+        variance = torch.stack(shares).mean().item()
+        name = "all" if count == width else f"1 to {count}" if count > 1 else "1"
+        row = {"components": name, "variance": f"{100 * variance:.1f} %"}
+        handle = kept_components(teacher.backbone, components, count)
+        row |= _average_precision(cfg, teacher, _loader(cfg, input_format))
+        handle.remove()
+        for level, error in errors.items():
+            row[f"error, {level}"] = f"{error[before:count].mean().item():.2f}"
+        rows.append(row)
+    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def _check_needs(cfg: CfgNode) -> dict:
+    """Refuses a config without teacher or COCO-format test data; summaries of its datasets."""
     if not cfg.KD.TEACHER.CONFIG_FILE or not cfg.DATASETS.TEST:
         raise ConfigError(
             f"KD.TEACHER.CONFIG_FILE is '{cfg.KD.TEACHER.CONFIG_FILE}' and DATASETS.TEST is "
             f"{list(cfg.DATASETS.TEST)}; name a config with a teacher and test data"
         )
-    check_data(cfg, train=False)
-    teacher, input_format = load_teacher(cfg)
-    loaders = {"teacher": _loader(cfg, input_format), "student": _loader(cfg, cfg.INPUT.FORMAT)}
-
-    def maps(model: nn.Module, name: str) -> Iterable[Maps]:
-        for batch in islice(loaders[name], args.images):
-            with torch.no_grad():
-                yield model.backbone(model.preprocess_image(batch).tensor)
-
-    components = principal_components(maps(teacher.eval(), "teacher"))
-    width = min(len(found.mean) for found in components.values())
-    counts = [*(count for count in args.keep if count < width), width]
-    if counts[0] < 1 or any(a >= b for a, b in pairwise(counts)):
-        raise ConfigError(f"--keep is {args.keep}; give rising numbers from 1 to {width - 1}")
-    errors = {}
-    if cfg.MODEL.WEIGHTS:
-        student = _load_student(cfg)
-        pairs = zip(maps(student, "student"), maps(teacher, "teacher"), strict=True)
-        errors = component_errors(pairs, components)
-    rows = []
-    for before, count in pairwise([0, *counts]):
-        shares = [f.variances[:count].sum() / f.variances.sum() for f in components.values()]
-        variance = torch.stack(shares).mean().item()
-        row = {"components": f"1 to {count}", "variance": f"{100 * variance:.1f} %"}
-        handle = kept_components(teacher.backbone, components, count)
-        row |= _average_precision(cfg, teacher, loaders["teacher"])
-        handle.remove()
-        if errors:
-            added = torch.stack([error[before:count].mean() for error in errors.values()])
-            row["student's error in the added ones"] = f"{added.mean().item():.2f}"
-        rows.append(row)
-    return tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True)
+    summaries = check_data(cfg, train=False)
+    kind = evaluator_type(cfg.DATASETS.TEST[0])
+    if kind != "coco":
+        raise ConfigError(
+            f"DATASETS.TEST names '{cfg.DATASETS.TEST[0]}' of evaluator type '{kind}', but this "
+            "needs COCO AP; put a dataset in COCO format first"
+        )
+    return summaries
 
 
-def _loader(cfg: CfgNode, input_format: str):
+def _check_same_maps(student: nn.Module, teacher: nn.Module) -> None:
+    own, others = (
+        {level: shape.channels for level, shape in backbone.output_shape().items()}
+        for backbone in (student, teacher)
+    )
+    if own != others:
+        raise ConfigError(
+            f"--student has the levels (channels) {own} and the teacher {others}, but errors are "
+            "those of equal ones: give both one MODEL.FPN.OUT_CHANNELS, or leave --student out"
+        )
+
+
+def _loader(cfg: CfgNode, input_format: str) -> Iterable[list[dict]]:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.INPUT.FORMAT = input_format
     return build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
 
 
-def _load_student(cfg: CfgNode) -> nn.Module:
+def _load_student(cfg: CfgNode, weights: str) -> nn.Module:
     cfg = cfg.clone()
     cfg.defrost()
     cfg.KD.ENABLED = False
+    # The checkpoint has all weights.
+    cfg.MODEL.TIMM.PRETRAINED = False
     student = build_model(cfg).eval()
-    DistillationCheckpointer(student).load(cfg.MODEL.WEIGHTS)
+    checkpointer = DistillationCheckpointer(student)
+    checkpointer.load(weights)
+    refuse_misfit(
+        checkpointer.incompatible,
+        f"the checkpoint {weights} (--student) is not of a student of --config-file",
+        "name the config that it was trained with",
+    )
     return student
 
 
 def _average_precision(cfg: CfgNode, model: nn.Module, loader) -> dict[str, str]:
-    evaluator = COCOEvaluator(cfg.DATASETS.TEST[0], output_dir=None)
+    """AP by name of the task; 0 where nothing is detected at all."""
+    evaluator = COCOEvaluator(cfg.DATASETS.TEST[0], tasks=_tasks(model), output_dir=None)
     results = inference_on_dataset(model, loader, evaluator)
-    return {name: f"{results[task]['AP']:.1f}" for task, name in _TASKS.items() if task in results}
+    found = {_TASKS[task]: results.get(task, {}).get("AP", math.nan) for task in _tasks(model)}
+    return {name: f"{0.0 if math.isnan(ap) else ap:.1f}" for name, ap in found.items()}
+
+
+def _tasks(model: nn.Module) -> tuple[str, ...]:
+    heads = getattr(model, "roi_heads", None)
+    has = {"segm": "mask_head", "keypoints": "keypoint_head"}
+    more = (task for task, head in has.items() if getattr(heads, head, None) is not None)
+    return ("bbox", *more)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,7 +25,9 @@ def only_loss(name, options, context, both=None):
 
 @pytest.mark.parametrize(("max_stride", "count"), [(4, 1), (8, 2), (32, 3)])
 @pytest.mark.parametrize(("name", "loss_of"), [("PKD", pkd_loss), ("PCKD", pckd_loss)])
-def test_pkd_sums_the_levels_up_to_its_stride(name, loss_of, max_stride, count, make_context):
+def test_pkd_and_pckd_sum_the_levels_up_to_their_stride(
+    name, loss_of, max_stride, count, make_context
+):
     context = make_context()
     levels = list(context.student.features)[:count]
     strides = dict(zip(context.student.features, (4, 8, 16), strict=True))
@@ -36,13 +38,13 @@ def test_pkd_sums_the_levels_up_to_its_stride(name, loss_of, max_stride, count, 
 
 
 @pytest.mark.parametrize("name", ["PKD", "PCKD"])
-def test_pkd_compares_p2_to_p5_by_default_with_the_papers_weight(name):
+def test_pkd_and_pckd_compare_p2_to_p5_by_default_with_pkds_weight(name):
     distiller = build_distiller(name, {}, spec(), spec())
     assert distiller.num_levels == 2 and distiller.default_weight == 6.0
 
 
 @pytest.mark.parametrize("name", ["PKD", "PCKD"])
-def test_pkd_refuses_other_channels_and_strides_that_no_level_has(name):
+def test_pkd_and_pckd_refuse_other_channels_and_strides_that_no_level_has(name):
     with pytest.raises(
         ConfigError, match=rf" {name}.*\[256, 256, 256\].*\[128, 128, 128\].*ReviewKD"
     ):

@@ -165,7 +165,7 @@ def test_distillers_of_other_outputs_train_or_are_refused(config, capsys):
     assert json.loads((output / "result.json").read_text())["distillation_weights"]["PKD"] == 0.5
     for words, opt in (
         (["'RPNKD'", "set of anchors of p2"], "model.teacher.opts=[MODEL.FPN.OUT_CHANNELS,24]"),
-        (["PKD", "compares channel with channel"], f"model.teacher.opts={[*ANCHORS]}"),
+        (["PKD", "compares the maps as they are"], f"model.teacher.opts={[*ANCHORS]}"),
     ):
         refused(capsys, path, [opt, f"train.output_dir={output}2"], words)
 

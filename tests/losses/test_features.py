@@ -373,16 +373,42 @@ def test_pckd_is_computed_in_float32_under_autocast():
     assert torch.equal(loss, pckd_loss(student, teacher))
 
 
+@pytest.mark.parametrize("value", [0.0, 0.1, 5.0, 1000.1, [0.1, -7.3, 33.3, 1e4]])
 @pytest.mark.parametrize("constant", ["student", "teacher", "both"])
-def test_pckd_of_constant_maps_is_finite_and_so_are_its_gradients(constant):
-    sides = {"student": correlated_maps(0), "teacher": correlated_maps(1)}
+def test_pckd_of_constant_maps_is_finite_and_nothing_where_the_teachers_is(constant, value):
+    sides = {"student": correlated_maps(0)[:1], "teacher": correlated_maps(1)[:1]}
     for name, side in sides.items():
         if constant in (name, "both"):
-            side[0].fill_(5.0)
+            side[0][:] = torch.as_tensor(value).reshape(-1, 1, 1)
     student = [x.requires_grad_() for x in sides["student"]]
     loss = pckd_loss(student, sides["teacher"])
     loss.backward()
-    assert loss.isfinite() and all(x.grad.isfinite().all() for x in student)
+    assert loss.isfinite() and student[0].grad.isfinite().all()
+    assert (loss == 0) == (constant != "student")
+
+
+def test_pckd_of_fewer_locations_than_channels_compares_what_they_span():
+    student, teacher = torch.randn(1, 32, 3, 3), torch.randn(1, 32, 3, 3)
+    loss = pckd_loss([student.requires_grad_()], [teacher])
+    loss.backward()
+    assert 0 < loss < 2 and student.grad.isfinite().all()
+    assert loss.item() == pytest.approx(reference_pckd([student.detach()], [teacher]), rel=1e-3)
+
+
+def test_pckd_stays_within_its_bounds_where_products_are_rounded_as_by_tf32(monkeypatch):
+    def rounded(rows):
+        rows = (rows.contiguous().view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+        return rows @ rows.T / rows.shape[1]
+
+    scale = torch.logspace(0, -3, 64)[:, None, None]
+    mix = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
+    teacher = torch.einsum("dc,nchw->ndhw", mix, torch.randn(2, 64, 20, 20) * scale)
+    for student in (teacher + 30, torch.randn_like(teacher), teacher * 1.01):
+        exact = pckd_loss([student], [teacher])
+        with monkeypatch.context() as patch:
+            patch.setattr("kd_detectron.losses.features._second_moments", rounded)
+            loss = pckd_loss([student], [teacher])
+        assert 0 <= loss <= 2 and loss.item() == pytest.approx(exact.item(), abs=0.02)
 
 
 def test_pckd_of_one_location_in_one_image_is_a_zero_with_a_graph():

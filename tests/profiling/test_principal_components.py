@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 from tiny import distilled_cfg
 from torch import nn
 
+from kd_detectron.config import get_config
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.profiling.principal_components import (
     component_errors,
@@ -94,30 +96,48 @@ def config(tmp_path, monkeypatch):
     return file
 
 
+def checkpoint(config, file, opts=()):
+    cfg = get_config(str(config), ["KD.ENABLED", False, *opts])
+    torch.save({"model": build_model(cfg).state_dict()}, file)
+    return str(file)
+
+
 def test_command_prints_a_row_for_each_number_of_components(config, tmp_path, capsys):
-    keep = ["--keep", "2", "8", "--config-file", str(config)]
-    assert main(keep) == 0
+    assert main(["--keep", "1", "8", "100", "--config-file", str(config)]) == 0
     lines = capsys.readouterr().out.strip().splitlines()[-5:]
-    assert "variance" in lines[0] and "box AP" in lines[0] and "student" not in lines[0]
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1 to 2", "1 to 8", "1 to 32"]
+    assert "variance" in lines[0] and "box AP" in lines[0] and "error" not in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1", "1 to 8", "all"]
     assert "100.0 %" in lines[-1]
     assert not (tmp_path / "o").exists()
 
 
 def test_command_measures_a_trained_student(config, tmp_path, capsys):
-    from detectron2.modeling import build_model
-
-    from kd_detectron.config import get_config
-
-    cfg = get_config(str(config), ["KD.ENABLED", False])
-    torch.save({"model": build_model(cfg).state_dict()}, tmp_path / "student.pth")
-    weights = ["MODEL.WEIGHTS", str(tmp_path / "student.pth")]
-    assert main(["--keep", "4", "--config-file", str(config), *weights]) == 0
-    assert "student's error in the added ones" in capsys.readouterr().out
+    student = checkpoint(config, tmp_path / "student.pth")
+    assert main(["--keep", "4", "--student", student, "--config-file", str(config)]) == 0
+    printed = capsys.readouterr().out
+    assert "error, p2" in printed and "error, p6" in printed
 
 
-def test_command_refuses_numbers_that_do_not_rise_and_configs_without_teacher(config, capsys):
-    assert main(["--keep", "4", "2", "--config-file", str(config)]) != 0
-    assert "--keep is [4, 2]; give rising numbers from 1 to 31" in capsys.readouterr().err
-    assert main(["--config-file", str(config), "KD.TEACHER.CONFIG_FILE", ""]) != 0
-    assert "KD.TEACHER.CONFIG_FILE is ''" in capsys.readouterr().err
+def test_command_refuses_a_student_of_another_config_or_fpn_width(config, tmp_path, capsys):
+    wide = checkpoint(config, tmp_path / "wide.pth", ["MODEL.ROI_BOX_HEAD.FC_DIM", 80])
+    arguments = ["--student", wide, "--config-file", str(config)]
+    assert main(arguments) != 0
+    assert "(--student) is not of a student of --config-file" in capsys.readouterr().err
+    width = ["MODEL.FPN.OUT_CHANNELS", 40]
+    wide = checkpoint(config, tmp_path / "wider.pth", width)
+    assert main(["--student", wide, "--config-file", str(config), *map(str, width)]) != 0
+    assert "one MODEL.FPN.OUT_CHANNELS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "opts", "message"),
+    [
+        (["--keep", "4", "2"], [], "--keep is [4, 2]; give rising numbers"),
+        (["--images", "0"], [], "--images is 0; give a number of at least 1"),
+        ([], ["KD.TEACHER.CONFIG_FILE", ""], "KD.TEACHER.CONFIG_FILE is ''"),
+        ([], ["DATASETS.TEST", "()"], "DATASETS.TEST is []"),
+    ],
+)
+def test_command_refuses_what_it_cannot_measure(config, arguments, opts, message, capsys):
+    assert main([*arguments, "--config-file", str(config), *opts]) != 0
+    assert message in capsys.readouterr().err
