@@ -11,19 +11,21 @@ start from the teacher's (``KD.TEACHER.INHERIT``).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from kd_detectron.losses import pckd_loss
 
-from .argument_checks import check_number, check_same_channels, count_levels, level_channels
-from .base import DISTILLER_REGISTRY, Distiller
+from .argument_checks import check_number
+from .base import DISTILLER_REGISTRY
+from .map_distiller import MapDistiller
 
 
 @DISTILLER_REGISTRY.register()
-class PCKD(Distiller):
+class PCKD(MapDistiller):
     """Relative squared error of each principal component of the maps, summed over the levels."""
 
     default_weight = 6.0
-    requires = frozenset({"features"})
+    name = "PCKD"
 
     def __init__(self, strides: Sequence[int], *, floor: float = 0.01, max_stride: int = 32):
         """
@@ -33,21 +35,8 @@ class PCKD(Distiller):
                 those far below it hardly any; above 0.
             max_stride: levels of at most this stride are compared: p2 to p5 at 32, p6 too at 64.
         """
-        super().__init__()
+        super().__init__(strides, max_stride)
         self.floor = check_number("KD.PCKD.FLOOR", floor, above=0)
-        self.num_levels = count_levels("KD.PCKD.MAX_STRIDE", strides, max_stride)
-
-    @classmethod
-    def from_specs(cls, student, teacher, **options):
-        own, others = level_channels("PCKD", student, teacher)
-        check_same_channels("PCKD", own, others, instead="use ReviewKD or FitNet, which adapt it")
-        return cls([student.strides[level] for level in student.channels], **options)
 
     def forward(self, context):
-        levels = list(context.student.features)[: self.num_levels]
-        loss = pckd_loss(
-            [context.student.features[level] for level in levels],
-            [context.teacher.features[level] for level in levels],
-            floor=self.floor,
-        )
-        return {"loss_pckd": loss}
+        return {"loss_pckd": self.compare(partial(pckd_loss, floor=self.floor), context)}

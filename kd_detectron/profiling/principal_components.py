@@ -18,13 +18,11 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
-from detectron2.modeling import build_model
 from tabulate import tabulate
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from kd_detectron.checkpoint import DistillationCheckpointer
-from kd_detectron.checkpoint.checkpointer import refuse_misfit
+from kd_detectron.checkpoint import load_plain_student
 from kd_detectron.commands import (
     add_import_option,
     exit_code,
@@ -174,9 +172,10 @@ def measure(args: argparse.Namespace) -> str:
     teacher, input_format = load_teacher(cfg)
     check_teacher_to_evaluate(cfg, summaries, teacher)
     teacher.eval()
-    student = _load_student(cfg, args.student) if args.student else None
-    if student:
-        _check_same_maps(student.backbone, teacher.backbone)
+    student = None
+    if args.student:
+        _, student = load_plain_student(args.student, cfg)
+        _check_same_maps(student.to(cfg.MODEL.DEVICE).backbone, teacher.backbone)
 
     def maps(model: nn.Module, input_format: str) -> Iterable[Maps]:
         for batch in islice(_loader(cfg, input_format), args.images):
@@ -239,23 +238,6 @@ def _loader(cfg: CfgNode, input_format: str) -> Iterable[list[dict]]:
     cfg.defrost()
     cfg.INPUT.FORMAT = input_format
     return build_detection_test_loader(cfg, cfg.DATASETS.TEST[0])
-
-
-def _load_student(cfg: CfgNode, weights: str) -> nn.Module:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.KD.ENABLED = False
-    # The checkpoint has all weights.
-    cfg.MODEL.TIMM.PRETRAINED = False
-    student = build_model(cfg).eval()
-    checkpointer = DistillationCheckpointer(student)
-    checkpointer.load(weights)
-    refuse_misfit(
-        checkpointer.incompatible,
-        f"the checkpoint {weights} (--student) is not of a student of --config-file",
-        "name the config that it was trained with",
-    )
-    return student
 
 
 def _average_precision(cfg: CfgNode, model: nn.Module, loader) -> dict[str, str]:

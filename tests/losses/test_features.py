@@ -388,7 +388,7 @@ def test_pckd_of_constant_maps_is_finite_and_nothing_where_the_teachers_is(const
 
 
 def test_pckd_of_fewer_locations_than_channels_compares_what_they_span():
-    student, teacher = torch.randn(1, 32, 3, 3), torch.randn(1, 32, 3, 3)
+    (student,), (teacher,) = (maps(seed, [(3, 3)], channels=32, images=1) for seed in (0, 1))
     loss = pckd_loss([student.requires_grad_()], [teacher])
     loss.backward()
     assert 0 < loss < 2 and student.grad.isfinite().all()
@@ -402,8 +402,9 @@ def test_pckd_stays_within_its_bounds_where_products_are_rounded_as_by_tf32(monk
 
     scale = torch.logspace(0, -3, 64)[:, None, None]
     mix = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
-    teacher = torch.einsum("dc,nchw->ndhw", mix, torch.randn(2, 64, 20, 20) * scale)
-    for student in (teacher + 30, torch.randn_like(teacher), teacher * 1.01):
+    (unmixed,), (other,) = (maps(seed, [(20, 20)], channels=64) for seed in (0, 1))
+    teacher = torch.einsum("dc,nchw->ndhw", mix, unmixed * scale)
+    for student in (teacher + 30, other, teacher * 1.01):
         exact = pckd_loss([student], [teacher])
         with monkeypatch.context() as patch:
             patch.setattr("kd_detectron.losses.features._second_moments", rounded)
