@@ -1,7 +1,6 @@
 """What distillers share that compare FPN maps as they are, without a layer in between."""
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 
@@ -20,16 +19,17 @@ class MapDistiller(Distiller):
     """
 
     requires = frozenset({"features"})
-    name: ClassVar[str]
 
     def __init__(self, strides: Sequence[int], max_stride: int):
         super().__init__()
-        self.num_levels = count_levels(f"KD.{self.name}.MAX_STRIDE", strides, max_stride)
+        key = f"KD.{type(self).__name__.upper()}.MAX_STRIDE"
+        self.num_levels = count_levels(key, strides, max_stride)
 
     @classmethod
     def from_specs(cls, student, teacher, **options):
-        own, others = level_channels(cls.name, student, teacher)
-        check_same_channels(cls.name, own, others, instead="use ReviewKD or FitNet, which adapt it")
+        name = cls.__name__
+        own, others = level_channels(name, student, teacher)
+        check_same_channels(name, own, others, instead="use ReviewKD or FitNet, which adapt it")
         return cls([student.strides[level] for level in student.channels], **options)
 
     def compare(self, loss: Callable[[Maps, Maps], torch.Tensor], context) -> torch.Tensor:

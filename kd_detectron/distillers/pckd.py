@@ -25,7 +25,6 @@ class PCKD(MapDistiller):
     """Relative squared error of each principal component of the maps, summed over the levels."""
 
     default_weight = 6.0
-    name = "PCKD"
 
     def __init__(self, strides: Sequence[int], *, floor: float = 0.01, max_stride: int = 32):
         """

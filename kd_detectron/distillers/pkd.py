@@ -18,7 +18,6 @@ class PKD(MapDistiller):
     """1 - Pearson's correlation of each channel with the teacher's, summed over the levels."""
 
     default_weight = 6.0
-    name = "PKD"
 
     def __init__(self, strides: Sequence[int], *, max_stride: int = 32):
         """
