@@ -46,10 +46,13 @@ BLOCKER = Path(__file__).parent / "without_detectron2"
 
 
 def python_without_detectron2(*arguments: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, [str(BLOCKER), *sys.path]))
+    return python(*arguments, path=[str(BLOCKER), *sys.path])
+
+
+def python(*arguments: str, path: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
         capture_output=True,
         text=True,
     )
@@ -117,6 +120,44 @@ def test_only_a_test_whose_fixture_needs_detectron2_is_left_out(tmp_path):
     assert "1 failed, 2 skipped" in done.stdout, done.stdout + done.stderr
     assert "_ test_that_imports_by_itself _" in done.stdout
     assert "not run: 2 test functions in 1 files" in done.stdout.splitlines()[-1]
+
+
+FIXTURE = """
+import pytest
+
+@pytest.fixture
+def model():
+    import {name}
+
+def test_of_a_fixture(model):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("test_it.py", FIXTURE.format(name="no_such_module")),
+        ("test_it.py", "import no_such_module\ndef test_it(): pass\n"),
+        ("folder/conftest.py", "import no_such_module\n"),
+    ],
+    ids=["fixture", "test file", "conftest"],
+)
+def test_another_module_that_is_missing_is_a_failure(tmp_path, file, text):
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(text)
+    (path.parent / "test_other.py").write_text("def test_other(): pass\n")
+    done = python_without_detectron2("-m", "pytest", "-p", "conftest", str(tmp_path))
+    output = done.stdout + done.stderr
+    assert done.returncode not in (0, 5) and "No module named 'no_such_module'" in output, output
+
+
+@pytest.mark.usefixtures("needs_detectron2")
+def test_fixture_that_fails_to_import_where_detectron2_is_installed_is_a_failure(tmp_path):
+    (tmp_path / "test_it.py").write_text(FIXTURE.format(name="detectron2.no_such_module"))
+    done = python("-m", "pytest", "-p", "conftest", str(tmp_path), path=sys.path)
+    assert "1 error" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.usefixtures("needs_detectron2")
