@@ -9,7 +9,7 @@ import sys
 import warnings
 from importlib.util import find_spec
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Deprecated calls inside Detectron2, which its users can do nothing about.
 for _message in (

@@ -82,7 +82,7 @@ def add_kd_config(cfg: CfgNode) -> None:
     # Your own COCO-format data, no code: [["name", "annotations.json", "image_dir"], ...], paths
     # relative to the environment variable DETECTRON2_DATASETS.
     cfg.DATASETS.COCO_FORMAT = []
-    # Unreadable images that a run may skip before it stops.
+    # Unreadable images that a process may skip, from each start, before it stops.
     cfg.DATALOADER.MAX_CORRUPT_IMAGES = 0
 
     add_backbone_config(cfg)

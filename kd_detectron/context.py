@@ -20,7 +20,7 @@ import torch
 
 @dataclass
 class StudentOutputs:
-    """What the student computed, with graph; None for what its detector does not have.
+    """What the student computed, with graph; None for what it lacks or no distiller requires.
 
     Attributes:
         features: level name -> (N, C, H, W).
@@ -108,7 +108,7 @@ class TeacherOutputs:
 
 @dataclass
 class DistillationContext:
-    """One training step, seen by the distillers; None for what the detector does not have.
+    """One training step; None for what the detector does not have or no distiller requires.
 
     Attributes:
         student: what the student computed.

@@ -304,7 +304,10 @@ def _write_line(file, content: dict) -> None:
 
 
 def _read_partial(path: str, settings: dict) -> dict[str, dict]:
-    """Records of an interrupted run by image; cuts off a line that was not finished."""
+    """Records of an interrupted run by image, without those that could not be read.
+
+    Cuts off a line that was not finished.
+    """
     if not os.path.exists(path):
         return {}
     content = Path(path).read_bytes()
@@ -318,7 +321,7 @@ def _read_partial(path: str, settings: dict) -> dict[str, dict]:
         )
     if lines:
         logger.info("%s: going on after %d images", path, len(lines) - 1)
-    return {record["name"]: record for record in lines[1:]}
+    return {record["name"]: record for record in lines[1:] if "skipped" not in record}
 
 
 def _coco_content(records: list[dict], settings: dict) -> dict:

@@ -83,6 +83,7 @@ def label(args: argparse.Namespace) -> None:
     model, mapper = load_labeller(cfg)
     categories = categories_of(cfg, model, args.categories)
     thresholds = parse_thresholds(args.score_threshold, [each["name"] for each in categories])
+    teacher = cfg.KD.TEACHER
     content = label_images(
         model,
         mapper,
@@ -90,7 +91,7 @@ def label(args: argparse.Namespace) -> None:
         args.output,
         categories=categories,
         thresholds=thresholds,
-        source=f"{cfg.KD.TEACHER.CONFIG_FILE} {cfg.KD.TEACHER.WEIGHTS}".strip(),
+        source=" ".join(map(str, (teacher.CONFIG_FILE, teacher.WEIGHTS, *teacher.OPTS))).strip(),
         batch_size=args.batch_size,
         workers=args.workers,
     )

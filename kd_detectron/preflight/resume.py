@@ -55,16 +55,18 @@ def check_same_run(cfg: CfgNode) -> list[str]:
     """Compares the config with that of the run in ``OUTPUT_DIR`` which ``--resume`` continues.
 
     Model, distillation and training data may not change, except for the device, ``MODEL.WEIGHTS``
-    (not read by a resumed run), ``KD.SCHEDULE`` and the weights of distillers. Keys that only one
-    of the two has come from another version and are left out.
+    (not read by a resumed run), ``KD.SCHEDULE`` and the weights of distillers; image folders may
+    have moved. Keys that only one of the two has come from another version and are left out.
 
     Returns:
         The keys that changed and may, each as one phrase; they are logged.
     """
+    annotations = (f"DATASETS.COCO_FORMAT.{name}.annotations" for name in cfg.DATASETS.TRAIN)
+    data = ("DATASETS.TRAIN", "DATASETS.PROPOSAL_FILES_TRAIN", "INPUT.FORMAT", *annotations)
     return compare_with_run(
         cfg.OUTPUT_DIR,
         flatten(yaml.safe_load(cfg.dump())),
-        identity=("MODEL.", "KD.", "DATASETS.TRAIN"),
+        identity=("MODEL.", "KD.", *data),
         may_change=("MODEL.DEVICE", "MODEL.WEIGHTS", "KD.SCHEDULE.", "KD.TEACHER.AMP"),
     )
 

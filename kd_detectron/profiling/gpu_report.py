@@ -125,7 +125,8 @@ def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:
     device = next(model.parameters()).device.type
     dtype = PRECISIONS.get(precision)  # None for fp32
     scaler = torch.amp.GradScaler(device, enabled=dtype is torch.float16)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-6)
     for _ in range(_SCALER_STEPS):
         optimizer.zero_grad()
         with EventStorage(), torch.autocast(device, dtype=dtype, enabled=dtype is not None):
@@ -136,11 +137,15 @@ def distilled_step(model: nn.Module, batch: list[dict], precision: str) -> None:
         if losses.keys() <= DETECTION_LOSSES:
             raise RuntimeError(f"no distillation loss among {sorted(losses)}")
         scale = scaler.get_scale()
+        before = [weights.detach().clone() for weights in trained]
         scaler.scale(sum(losses.values())).backward()
         scaler.step(optimizer)
         scaler.update()
-        if scaler.get_scale() >= scale:
-            return
+        if scaler.get_scale() < scale:
+            continue
+        if all(map(torch.equal, before, trained)):
+            raise RuntimeError("the step changes no weight")
+        return
     raise RuntimeError(f"gradients overflow float16 at a loss scale of {scaler.get_scale()}")
 
 

@@ -13,6 +13,8 @@ from .files import CONFIG, flatten
 
 logger = logging.getLogger(__name__)
 
+_COCO_FORMAT = "DATASETS.COCO_FORMAT"
+
 
 def compare_with_run(
     output_dir: str,
@@ -27,7 +29,8 @@ def compare_with_run(
     ``may_change`` are exceptions, as are the weights of distillers. With ``count_absent`` a key
     that only one of the two configs has is a change.
     """
-    before = config_of_run(output_dir)
+    before = _datasets_by_name(config_of_run(output_dir))
+    now = _datasets_by_name(now)
     if not before:
         return []
     if not before.keys() & now.keys():
@@ -52,6 +55,18 @@ def compare_with_run(
     if allowed:
         logger.warning("--resume continues with changed keys: %s", "; ".join(allowed))
     return allowed
+
+
+def _datasets_by_name(config: Mapping[str, object]) -> dict[str, object]:
+    """The config with two keys per entry of ``DATASETS.COCO_FORMAT`` in place of the one list.
+
+    So that data sets may be added, and the two files of one are two things that may change.
+    """
+    config = dict(config)
+    for name, annotations, images in config.pop(_COCO_FORMAT, ()):
+        config[f"{_COCO_FORMAT}.{name}.annotations"] = annotations
+        config[f"{_COCO_FORMAT}.{name}.images"] = images
+    return config
 
 
 def config_of_run(output_dir: str) -> dict[str, object]:

@@ -21,9 +21,16 @@ import yaml
 from kd_detectron.config import config_dir, get_config
 from kd_detectron.errors import ConfigError, did_you_mean
 from kd_detectron.precision import slow_precision
-from kd_detectron.runs.files import CONFIG, is_finished, read_config, read_metrics
+from kd_detectron.runs.files import (
+    CONFIG,
+    is_finished,
+    last_checkpoint,
+    read_config,
+    read_metrics,
+)
 from kd_detectron.runs.groups import experiment
 from kd_detectron.runs.run import Run, load_run
+from kd_detectron.runs.same_run import config_of_run
 
 DEFAULT_KEYS = {"config": str, "seeds": list, "opts": list}
 RUN_KEYS = {"name": str, "against": str, **DEFAULT_KEYS}
@@ -53,6 +60,12 @@ class StudyRun:
     @property
     def finished(self) -> bool:
         return is_finished(self.folder)
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the folder holds a run to go on with, and what it was started with."""
+        resumable = last_checkpoint(self.folder) is not None
+        return resumable and not self.finished and bool(config_of_run(str(self.folder)))
 
     def iterations_done(self) -> int:
         """Iterations so far, from the run's metrics."""
@@ -87,7 +100,7 @@ def load_study(file: str, output: str | None = None) -> Study:
 
     Raises:
         ConfigError: there is no such file, something in it is wrong, a config or option does not
-            exist, or a finished run was trained with other options.
+            exist, or a run was started with other options.
     """
     path, content = _read_study(file)
     folder = Path(output or content["output"])
@@ -111,7 +124,7 @@ def load_study(file: str, output: str | None = None) -> Study:
             run.warning = slow_precision(cfg)
             if cfg.KD.ENABLED and (cfg.KD.DISTILLERS or cfg.KD.TEACHER.INHERIT):
                 run.teacher_weights = cfg.KD.TEACHER.WEIGHTS
-            if run.finished:
+            if run.finished or run.interrupted:
                 _check_unchanged(run, yaml.safe_load(cfg.dump()), folder, where)
             runs.append((turn, run))
     # Every run's first seed, then the second ones: a study that is stopped has a whole table.
@@ -145,7 +158,9 @@ def _read_study(file: str, parts: tuple[Path, ...] = ()) -> tuple[Path, dict]:
     _check_keys(content, PART_KEYS, where)
     if path in parts:
         raise ConfigError(f"{where} is part_of itself; name the study that it is a part of")
-    whole_path, whole = _read_study(content["part_of"], (*parts, path))
+    beside = path.parent / content["part_of"]
+    whole_file = str(beside) if beside.is_file() else content["part_of"]
+    whole_path, whole = _read_study(whole_file, (*parts, path))
     runs = _part(content, whole["runs"], f"{where}, part of {whole_path}")
     if "output" not in content:
         return whole_path, whole | {"runs": runs}
@@ -246,7 +261,7 @@ def _fill_in(value: str, folder: Path, where: str) -> str:
 
 
 def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> None:
-    """Refuses a finished run whose options in the file are not those that it was trained with.
+    """Refuses a run whose options in the file are not those that it was started with.
 
     Keys that only one of the two configs has come from another version and are left out, and so
     are where the study's folder lies and how often the run was evaluated and saved.
@@ -262,9 +277,9 @@ def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> N
     ]
     if changed:
         raise ConfigError(
-            f"{where}: the finished run {run.folder} was trained with {', '.join(changed)}; give "
+            f"{where}: the run {run.folder} was started with {', '.join(changed)}; give "
             "the row another name or the study another output, or remove the folder to train it "
-            f"again ({run.folder / CONFIG} says what it was trained with)"
+            f"again ({run.folder / CONFIG} says what it was started with)"
         )
 
 

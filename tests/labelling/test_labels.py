@@ -173,6 +173,16 @@ def test_bad_images_are_named_and_skipped(folder, tmp_path, caplog, monkeypatch)
     assert "skipped '1.png'" in caplog.text and "skipped '3.png'" in caplog.text
 
 
+def test_image_that_was_repaired_meanwhile_is_labelled_when_the_run_goes_on(folder, tmp_path):
+    whole = run(FixedDetector(), folder, tmp_path / "whole.json")
+    sound = Path(folder, "0.png").read_bytes()
+    Path(folder, "0.png").write_bytes(b"no image")
+    with pytest.raises(KeyboardInterrupt):
+        run(FixedDetector(fail_after=3), folder, tmp_path / "out.json")
+    Path(folder, "0.png").write_bytes(sound)
+    assert run(FixedDetector(), folder, tmp_path / "out.json") == whole
+
+
 def write_list(path, names):
     images = [{"id": 70 + i, "file_name": name} for i, name in enumerate(names)]
     path.write_text(json.dumps({"images": images, "annotations": [], "categories": CATEGORIES}))

@@ -1,5 +1,7 @@
 """A run is resumed as itself; another one in its folder is refused."""
 
+from pathlib import Path
+
 import pytest
 from tiny import distilled_cfg, tiny_cfg
 
@@ -32,6 +34,8 @@ def test_resume_of_the_same_run_is_accepted_in_silence(run_cfg, caplog):
         ("MODEL.ROI_HEADS.NUM_CLASSES", 4),
         ("MODEL.RESNETS.NORM", "FrozenBN"),
         ("DATASETS.TRAIN", ("other_data",)),
+        ("DATASETS.PROPOSAL_FILES_TRAIN", ("other_proposals.pkl",)),
+        ("INPUT.FORMAT", "RGB"),
     ],
 )
 def test_resume_into_the_folder_of_another_run_is_refused(run_cfg, key, value):
@@ -60,6 +64,22 @@ def test_what_may_change_over_a_resume_is_said(run_cfg, caplog, key, value):
     run_cfg.merge_from_list([key, value])
     (changed,) = check_same_run(run_cfg)
     assert changed.startswith(f"{key} was ") and changed in caplog.text
+
+
+def test_annotation_file_of_the_training_may_not_change_and_its_images_may_move(run_cfg, caplog):
+    path, name = Path(run_cfg.OUTPUT_DIR, "config.yaml"), "own_train"
+    test = ["extra_val", "val.json", "val"]
+    run_cfg.DATASETS.TRAIN = (name,)
+    run_cfg.DATASETS.COCO_FORMAT = [[name, "train.json", "images"], test]
+    path.write_text(run_cfg.dump())
+    assert check_same_run(run_cfg) == []
+    run_cfg.DATASETS.COCO_FORMAT = [["new_val", "new.json", "new"], [name, "train.json", "moved"]]
+    assert check_same_run(run_cfg) == [
+        f"DATASETS.COCO_FORMAT.{name}.images was 'images' and is 'moved'"
+    ]
+    run_cfg.DATASETS.COCO_FORMAT = [[name, "by_teacher.json", "images"], test]
+    with pytest.raises(ConfigError, match="annotations was 'train.json' and is 'by_teacher.json'"):
+        check_same_run(run_cfg)
 
 
 def test_run_of_another_version_or_without_a_config_can_be_resumed(run_cfg, tmp_path):

@@ -55,6 +55,11 @@ def test_step_without_distillation_fails_the_check():
         gpu_report.distilled_step(BrokenModel(1.0, "loss_mask"), [], "fp32")
 
 
+def test_step_that_changes_no_weight_fails_the_check():
+    with pytest.raises(RuntimeError, match="changes no weight"):
+        gpu_report.distilled_step(BrokenModel(-1.0), [], "fp32")
+
+
 def test_failed_command_is_reported_with_its_last_line(tmp_path, monkeypatch):
     (tmp_path / "fails.py").write_text(
         "import sys\ndef main(args): sys.exit(f'read\\nno {args}')\n"

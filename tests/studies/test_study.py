@@ -47,6 +47,15 @@ def test_part_of_a_study_is_the_same_runs_in_the_same_folders():
     assert all(run == whole[str(run.folder)] for run in part)
 
 
+def test_part_of_a_study_beside_it_is_found_from_any_directory(tmp_path):
+    (tmp_path / "whole.yaml").write_text(
+        "output: out\nruns: [{name: a, config: demo/baseline.yaml, seeds: [1, 2]}]\n"
+    )
+    (tmp_path / "part.yaml").write_text("part_of: whole.yaml\nseeds: [2]\n")
+    (run,) = studies.load_study(str(tmp_path / "part.yaml")).runs
+    assert str(run.folder) == "out/a/seed2"
+
+
 def test_part_with_its_own_output_is_the_same_runs_changed(tmp_path):
     file = tmp_path / "again.yaml"
     file.write_text(
@@ -206,7 +215,7 @@ def write_finished_run(run, opts=(), **result):
     (run.folder / "result.json").write_text(json.dumps(record | result))
 
 
-def test_finished_run_whose_options_changed_in_the_file_is_refused(tmp_path):
+def test_run_whose_options_changed_in_the_file_is_refused(tmp_path):
     def study(learning_rate, output="out"):
         file = tmp_path / "study.yaml"
         entry = {"name": "a", "config": "demo/ckd_reviewkd.yaml", "seeds": [1]}
@@ -221,9 +230,20 @@ def test_finished_run_whose_options_changed_in_the_file_is_refused(tmp_path):
     assert study(0.5).runs[0].finished
     (tmp_path / "out").rename(tmp_path / "moved")
     assert study(0.5, "moved").runs[0].finished
-    with pytest.raises(ConfigError, match=r"SOLVER\.BASE_LR 0\.5 \(the file: 0\.25\).*remove") as e:
+    refusal = r"SOLVER\.BASE_LR 0\.5 \(the file: 0\.25\).*remove"
+    with pytest.raises(ConfigError, match=refusal) as e:
         study(0.25, "moved")
     assert "KD.TEACHER" not in str(e.value)
+    # An interrupted run is not continued with other options either; one without a checkpoint, or
+    # whose config was cut off, has nothing to compare.
+    folder = tmp_path / "moved" / "a" / "seed1"
+    (folder / "result.json").unlink()
+    study(0.25, "moved")
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    with pytest.raises(ConfigError, match=refusal):
+        study(0.25, "moved")
+    (folder / "config.yaml").write_text("SOLVER: {BASE_")
+    study(0.25, "moved")
 
 
 def test_extended_run_is_not_finished_until_its_new_end(tmp_path):
