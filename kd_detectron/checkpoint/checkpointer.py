@@ -37,6 +37,7 @@ from kd_detectron.checkpoint.torchvision_weights import (
     torchvision_url,
 )
 from kd_detectron.errors import ConfigError, NonFiniteLossError, did_you_mean
+from kd_detectron.finite import non_finite_key
 
 _logger = logging.getLogger(__name__)
 _DISTILLERS = "distillers."
@@ -79,6 +80,7 @@ class DistillationCheckpointer(DetectionCheckpointer):
         self.weights_key = weights_key
         self.incompatible: _IncompatibleKeys | None = None
         self.saved_weights: Callable[[], AbstractContextManager] = nullcontext
+        self.before_save: Callable[[], None] = lambda: None  # an error in it prevents the writing
         self._source = weights_key
         # One process writes a run's folder, so unfinished files are those of a killed one.
         if save_dir and self.save_to_disk and self.checkpointables:
@@ -93,12 +95,12 @@ class DistillationCheckpointer(DetectionCheckpointer):
         """
         if not (self.save_dir and self.save_to_disk):
             return
-        for key, value in self.model.state_dict().items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise NonFiniteLossError(
-                    f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
-                    "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
-                )
+        if key := non_finite_key(self.model.state_dict()):
+            raise NonFiniteLossError(
+                f"'{key}' is not finite, so checkpoint '{name}' was not written; the last "
+                "checkpoint is intact: lower SOLVER.BASE_LR, and --resume"
+            )
+        self.before_save()
         with self.saved_weights():
             super().save(name, **kwargs)
 

@@ -39,7 +39,11 @@ class StepSeed(HookBase):
 
 
 class TeacherGuard(HookBase):
-    """Raises an error at the end of a training that changed the teacher's weights or buffers."""
+    """Raises an error where the training changed the teacher's weights or buffers.
+
+    At its end, and before each checkpoint (``DistillationCheckpointer.before_save``), so that no
+    run can be resumed from one after the change.
+    """
 
     def __init__(self, teacher):
         self._teacher = teacher
@@ -47,12 +51,16 @@ class TeacherGuard(HookBase):
     def before_train(self) -> None:
         self._fingerprint = self._teacher.fingerprint()
 
-    def after_train(self) -> None:
+    def check(self) -> None:
+        """Raises RuntimeError where the teacher is not as it was before the first step."""
         if self._teacher.fingerprint() != self._fingerprint:
             raise RuntimeError(
                 f"the teacher {self._teacher.name} changed during training; something trained or "
                 "overwrote its weights or buffers"
             )
+
+    def after_train(self) -> None:
+        self.check()
         logger.info("The teacher is unchanged (sha256 %s...)", self._fingerprint[:12])
 
 

@@ -111,7 +111,9 @@ def run(args) -> None:
     if not training:
         plain(cfg.model)
     yaml_view = as_yaml(cfg)
-    prepare_folder(args, cfg, yaml_view, training=training, check_same=check_same_lazy_run)
+    write_config = prepare_folder(
+        args, cfg, yaml_view, training=training, check_same=check_same_lazy_run
+    )
     model = build(cfg)
     describe_model(yaml_view, model)
     if yaml_view.DATASETS.TRAIN if training else yaml_view.DATASETS.TEST:
@@ -119,7 +121,8 @@ def run(args) -> None:
     else:
         logger.warning("no dataset is named in dataloader: its files are not checked")
     if training:
-        run_trainer(LazyTrainer(cfg, yaml_view, model), resume=args.resume)
+        trainer = LazyTrainer(cfg, yaml_view, model)
+        run_trainer(trainer, resume=args.resume, write_config=write_config)
     else:
         DistillationCheckpointer(
             model, cfg.train.output_dir, weights_key="train.init_checkpoint"

@@ -14,6 +14,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 
+from kd_detectron.atomic_files import atomic_open
 from kd_detectron.checkpoint import DistillationCheckpointer
 from kd_detectron.commands import add_import_option, import_user_code, parse_arguments
 from kd_detectron.config import find_config, get_config
@@ -88,26 +90,33 @@ def run(args) -> None:
             cfg.OUTPUT_DIR = folder
             check(cfg)
         return
-    prepare_folder(args, cfg, cfg, training=not evaluating, check_same=check_same_run)
+    write_config = prepare_folder(
+        args, cfg, cfg, training=not evaluating, check_same=check_same_run
+    )
     if args.eval_teacher:
         evaluate_teacher(cfg)
     elif args.eval_only:
         evaluate_student(cfg, resume=args.resume)
     else:
-        train(cfg, resume=args.resume)
+        train(cfg, resume=args.resume, write_config=write_config)
 
 
 def prepare_folder(
     args, cfg: CfgNode | DictConfig, yaml_view: CfgNode, *, training: bool, check_same: Callable
-) -> None:
+) -> Callable[[], None]:
     """Checks the output folder, starts the logs in it, and writes ``config.yaml``.
+
+    One that is there already stays: it says what the run was trained with until now.
 
     Args:
         args: the command line.
         cfg: the run's config.
         yaml_view: the same as a YAML config.
-        training: whether it is a training; an evaluation leaves the run's ``config.yaml``.
+        training: whether it is a training.
         check_same: compares ``cfg`` with the run that ``--resume`` continues.
+
+    Returns:
+        What replaces it by ``cfg``, to be called when the training goes on.
     """
     folder = Path(yaml_view.OUTPUT_DIR)
     check_output_dir(yaml_view, resume=args.resume, training=training)
@@ -115,21 +124,37 @@ def prepare_folder(
     if args.resume and training and comm.is_main_process():
         check_same(cfg)
     config = folder / "config.yaml"
-    before = None if training or not config.is_file() else config.read_bytes()
+    before = config.read_bytes() if config.is_file() else None
     default_setup(cfg, args)
-    # Detectron2 wrote that of the evaluation over it.
-    if before is not None and comm.is_main_process():
-        config.write_bytes(before)
+    if before is None or not comm.is_main_process():
+        return _nothing
+    now = config.read_bytes()
+    _write(config, before)
+    return partial(_write, config, now)
 
 
-def train(cfg: CfgNode, *, resume: bool) -> None:
+def _write(path: Path, content: bytes) -> None:
+    with atomic_open(path) as file:
+        file.write(content)
+
+
+def _nothing() -> None:
+    pass
+
+
+def train(cfg: CfgNode, *, resume: bool, write_config: Callable[[], None] = _nothing) -> None:
     """Trains, evaluates and exports the student of a config."""
     check_data(cfg)
-    run_trainer(DistillationTrainer(cfg), resume=resume)
+    run_trainer(DistillationTrainer(cfg), resume=resume, write_config=write_config)
 
 
-def run_trainer(trainer: DistillationTrainer, *, resume: bool) -> None:
-    """Trains to the end, from the start or from the last checkpoint."""
+def run_trainer(
+    trainer: DistillationTrainer, *, resume: bool, write_config: Callable[[], None] = _nothing
+) -> None:
+    """Trains to the end, from the start or from the last checkpoint.
+
+    ``write_config``, from :func:`prepare_folder`, is called unless the run is finished or refused.
+    """
     trainer.resume_or_load(resume=resume)
     if trainer.finished:
         logger.info(
@@ -139,6 +164,7 @@ def run_trainer(trainer: DistillationTrainer, *, resume: bool) -> None:
             trainer.start_iter,
         )
         return
+    write_config()
     model = unwrap(trainer.model)
     warn_of_pixel_statistics(model)
     logger.info("Random seed: %d\n%s", trainer.seed, describe(model))

@@ -29,6 +29,7 @@ from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from fvcore.common.param_scheduler import ParamScheduler
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_detectron.checkpoint import DistillationCheckpointer, export_student
@@ -129,10 +130,18 @@ class DistillationTrainer(DefaultTrainer):
         momentum is that of the config.
 
         Raises:
-            ConfigError: what is to be resumed is beyond ``SOLVER.MAX_ITER``, or no checkpoint fits.
+            ConfigError: what is to be resumed is beyond ``SOLVER.MAX_ITER``, no checkpoint fits, or
+                the processes read checkpoints of different iterations.
         """
         groups = [dict(group) for group in self.optimizer.param_groups]
         super().resume_or_load(resume=resume)
+        # No process renames a file of the run before all have read it.
+        starts = sorted(set(comm.all_gather(self.start_iter)))
+        if len(starts) > 1:
+            raise ConfigError(
+                f"--resume: the processes found checkpoints of different iterations ({starts}) in "
+                f"OUTPUT_DIR '{self.cfg.OUTPUT_DIR}'; give a folder that all machines share"
+            )
         if self.start_iter > self.max_iter:
             raise ConfigError(
                 f"SOLVER.MAX_ITER is {self.max_iter} but the run in OUTPUT_DIR "
@@ -162,7 +171,11 @@ class DistillationTrainer(DefaultTrainer):
                 if key in own:
                     group[key] = own[key]
         # Other schedulers, of a user's own, go on with the rates that they had.
-        if self.start_iter and isinstance(self.scheduler, LRMultiplier):
+        if self.start_iter and isinstance(self.scheduler, ParamScheduler):
+            # Of a LazyConfig; Detectron2's hook makes an LRMultiplier of it.
+            for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+                group["initial_lr"] = group["lr"] = own["lr"]
+        elif self.start_iter and isinstance(self.scheduler, LRMultiplier):
             self.scheduler.base_lrs = [group["initial_lr"] for group in groups]
             rates = self.scheduler.get_lr()
             for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -232,10 +245,13 @@ class DistillationTrainer(DefaultTrainer):
         if getattr(model, "distillers", None):
             ret.append(DistillationSchedule(model, cfg.KD.SCHEDULE, self.max_iter))
         if teacher is not None:
-            ret.append(TeacherGuard(teacher))
+            guard = TeacherGuard(teacher)
+            self.checkpointer.before_save = guard.check
+            ret.append(guard)
         if comm.is_main_process() and cfg.TEST.EVAL_PERIOD > 0:
             ret.append(KeepBest(self.checkpointer, cfg.TEST.EVAL_PERIOD, main_metric(cfg)))
-        ret += [WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed)), ExportStudent()]
+        # The result last of the files: a run that has one is finished.
+        ret += [ExportStudent(), WriteResult(cfg.OUTPUT_DIR, run_facts(model, self.seed))]
         return [*ret, *writer, stop]
 
     def before_train(self) -> None:

@@ -168,7 +168,8 @@ def pkd_loss(
         # The student's mean need not be subtracted for the covariance, but keeps it precise.
         student = student - student_mean.detach()[:, None, None]
         covariance = (student * (teacher - teacher_mean[:, None, None])).mean(dim=(0, 2, 3))
-        varies = (student_var > _SMALLEST_VARIANCE, teacher_var > _SMALLEST_VARIANCE)
+        # A variance of NaN counts as one, so that the loss is NaN too.
+        varies = [~(v <= _SMALLEST_VARIANCE) for v in (student_var, teacher_var)]
         deviations = [v.clamp(min=_SMALLEST_VARIANCE).sqrt() for v in (student_var, teacher_var)]
         pearson = covariance / (deviations[0] * deviations[1])
         pearson = torch.where(varies[0] & varies[1], pearson, 0 * student_var)

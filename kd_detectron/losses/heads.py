@@ -104,7 +104,9 @@ def box_kd_loss(
     else:
         truth = torch.where(foreground[:, None], box_targets, 0)
         errors = (student - truth).square().sum(dim=1)
-        errors = errors * (errors + margin > (teacher - truth).square().sum(dim=1))
+        bounds = (teacher - truth).square().sum(dim=1)
+        # 0 * bounds: a teacher that is not finite makes the loss so.
+        errors = errors * (errors + margin > bounds) + 0 * bounds
     return (errors * foreground).sum() / max(len(targets), 1)
 
 

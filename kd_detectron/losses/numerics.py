@@ -33,12 +33,14 @@ def in_float32(loss: Callable) -> Callable:
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
     """L2-normalises along the last dimension; a zero row stays zero and gets a zero gradient.
 
+    A row with NaN or infinity stays so, for the loss to be refused.
+
     ``F.normalize`` divides a zero row by its epsilon, 1e-12, and so multiplies that row's gradient
     by 1e12: finite, and enough to ruin the weights in one step.
     """
     norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     unit = rows / norm.clamp(min=_SMALLEST_NORM)
-    return torch.where(norm > _SMALLEST_NORM, unit, torch.zeros_like(unit))
+    return torch.where(norm <= _SMALLEST_NORM, torch.zeros_like(unit), unit)
 
 
 def mean_over_rows(values: torch.Tensor) -> torch.Tensor:

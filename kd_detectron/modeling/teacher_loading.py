@@ -30,6 +30,7 @@ from kd_detectron.config import (
     merge_opts,
 )
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.finite import non_finite_key
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +187,11 @@ def load_teacher_weights(model: nn.Module, weights: str) -> None:
             f"KD.TEACHER.WEIGHTS '{weights}' does not fit KD.TEACHER.CONFIG_FILE",
             "give the checkpoint that was trained with that config",
         )
+        if key := non_finite_key(model.state_dict()):
+            raise ConfigError(
+                f"KD.TEACHER.WEIGHTS '{weights}' holds NaN or infinity in '{key}'; give a "
+                "checkpoint from before its training failed"
+            )
 
 
 # ---- LazyConfig teachers ----

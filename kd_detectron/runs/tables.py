@@ -369,13 +369,18 @@ def _add_gains(
         if not own or not start:
             continue
         shared = sorted(own.keys() & start.keys())
-        if len(shared) < 2:
+        if not shared:
             # Nothing to pair: the difference of the means.
+            if len(own) > 1 or len(start) > 1:
+                notes.append(
+                    f"{row.method} {row.pair}: the row and its baseline share no seed; the {name} "
+                    "gain is the difference of their means."
+                )
             shared, own, start = [0], {0: fmean(own.values())}, {0: fmean(start.values())}
         elif own.keys() != start.keys():
             notes.append(
-                f"{row.method} {row.pair}: the {name} gain is over the {len(shared)} seeds "
-                "that the row and its baseline share."
+                f"{row.method} {row.pair}: the {name} gain is over the {len(shared)} "
+                f"seed{'s' * (len(shared) > 1)} that the row and its baseline share."
             )
         gains = [own[seed] - start[seed] for seed in shared]
         row.values[f"{name} gain"] = ratio_with_interval(gains, [1.0] * len(gains))

@@ -22,6 +22,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.finite import non_finite_key
 
 _DETECTORS = {
     "fasterrcnn": detection.FasterRCNN,
@@ -120,6 +121,11 @@ def load_weights(model: nn.Module, path: str | Path, name: str) -> None:
             f"the weights {path} do not fit {name}: {len(missing)} keys missing, {len(wrong)} "
             f"unknown or of another shape, e.g. {(wrong + missing)[0]}; name the detector, the "
             "options and the classes that they were trained with"
+        )
+    if key := non_finite_key(state):
+        raise ConfigError(
+            f"the weights {path} of {name} hold NaN or infinity in '{key}'; give a checkpoint from "
+            "before its training failed"
         )
     model.load_state_dict(state)
 

@@ -241,6 +241,11 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
             f"{folder} holds a finished run of {result.get('iterations')} iterations and no "
             f"{LAST_CHECKPOINT} to go on from; give another --output"
         )
+    if start > options.iterations:
+        raise ConfigError(
+            f"--iterations is {options.iterations} but the run in {folder} has done {start}; raise "
+            "it to go on with this run, or give another --output"
+        )
     run_folder, stop = RunFolder(options, start), StopOnSignal(checkpoint)
     trainer = build_trainer(options, [run_folder, stop])
     if len(val) < trainer.world_size:

@@ -226,6 +226,17 @@ def test_resumed_run_equals_the_uninterrupted_one(config_with_data, monkeypatch,
     assert iterations == [0, 1, 2]
 
 
+def test_learning_rate_can_be_changed_over_a_resume(config_with_data, monkeypatch):
+    path, output = config_with_data
+    opts = ["train.max_iter=3", "train.checkpointer.period=1"]
+    interrupted(path, monkeypatch, 2, opts)
+    rate = LazyConfig.load(path).optimizer.lr / 8
+    assert main(["--config-file", path, "--resume", *opts, f"optimizer.lr={rate}"]) == 0
+    rates = {record["iteration"]: record["lr"] for record in metrics(output) if "lr" in record}
+    multiplier = instantiate(LazyConfig.load(path).lr_multiplier)
+    assert rates[2] == pytest.approx(rate * multiplier(2 / 3))
+
+
 def test_evaluation_builds_no_teacher_and_leaves_the_runs_config(config, monkeypatch):
     path, output = config
     output.mkdir()

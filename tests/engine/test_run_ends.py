@@ -10,6 +10,7 @@ from detectron2.engine import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from tiny_training import run_cfg, train
 
+from kd_detectron.atomic_files import CheckpointWriteError
 from kd_detectron.engine import DistillationTrainer
 from kd_detectron.engine import main as command
 from kd_detectron.engine.hooks import Interrupted
@@ -103,18 +104,29 @@ def test_extended_run_has_no_result_until_its_new_end(tmp_path, dataset, results
 def test_finished_run_that_is_resumed_once_more_stays_as_it_is(tmp_path, dataset, results, capfd):
     results += [ap(1.0)]
     cfg = run_cfg(tmp_path, dataset, "run", PLAIN)
-    train(cfg)
     path = tmp_path / "run.yaml"
     path.write_text(cfg.dump())
+    assert command.main(["--config-file", str(path)]) == 0
 
     def state():
         folder = tmp_path / "run"
         return {name: (folder / name).stat().st_mtime_ns for name in files(cfg)}, records(cfg)
 
-    before = state()
-    assert command.main(["--config-file", str(path), "--resume"]) == 0
+    before, config = state(), read(cfg, "config.yaml")
+    command_line = ["--config-file", str(path), "--resume"]
+    assert command.main(command_line) == 0
     assert "is finished after 6 iterations" in capfd.readouterr().out
-    assert state() == before
+    # The options of a run that does not go on are not those that it was trained with.
+    assert command.main([*command_line, "SOLVER.BASE_LR", "0.5"]) == 0
+    fewer = ["SOLVER.MAX_ITER", "5", "SOLVER.STEPS", "(4,)"]
+    assert command.main([*command_line, *fewer]) == 2
+    assert state() == before and read(cfg, "config.yaml") == config
+    # Those of one that goes on are.
+    results += [ap(2.0)]
+    more = ["SOLVER.MAX_ITER", "7", "SOLVER.BASE_LR", "0.002"]
+    assert command.main([*command_line, *more]) == 0
+    assert "MAX_ITER: 7" in read(cfg, "config.yaml")
+    assert "BASE_LR: 0.002" in read(cfg, "config.yaml")
 
 
 def test_run_beyond_its_end_is_refused(tmp_path, dataset, results):
@@ -244,6 +256,36 @@ def test_run_whose_student_cannot_be_exported_has_its_result(
     train(cfg)
     assert read(cfg, "result.json")["finished"]
     assert "student_final.pth was not written" in caplog.text and "layer.weight" in caplog.text
+
+
+def test_export_that_failed_is_made_up_for_by_a_resume(tmp_path, dataset, results, monkeypatch):
+    def disk_is_full(self):
+        raise CheckpointWriteError("no space left")
+
+    results += [ap(1.0), ap(1.0)]
+    cfg = run_cfg(tmp_path, dataset, "run", PLAIN)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointWriteError):
+        patch.setattr(DistillationTrainer, "export", disk_is_full)
+        train(cfg)
+    train(cfg, resume=True)
+    assert read(cfg, "result.json")["finished"]
+    assert "student_final.pth" in files(cfg)
+
+
+def test_run_that_changed_its_teacher_leaves_no_checkpoint_to_go_on_from(tmp_path, dataset):
+    cfg = run_cfg(tmp_path, dataset, "run", ["SOLVER.CHECKPOINT_PERIOD", 2])
+    trainer = DistillationTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+
+    class Overwrite(HookBase):
+        def before_step(self):
+            if self.trainer.iter == 3:
+                next(self.trainer.model.teacher.model.parameters()).data.add_(1)
+
+    trainer.register_hooks([Overwrite()])
+    with pytest.raises(RuntimeError, match="the teacher .* changed during training"):
+        trainer.train()
+    assert {name for name in files(cfg) if name.startswith("model")} == {"model_0000001.pth"}
 
 
 def test_failure_in_the_last_iteration_is_not_evaluated(tmp_path, dataset, results):

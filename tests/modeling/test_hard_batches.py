@@ -69,6 +69,21 @@ def test_losses_and_gradients_stay_finite(tmp_path, batch, opts):
     assert all(p.grad is not None for p in model.distillers.parameters())
 
 
+def test_teacher_that_computes_nan_makes_every_loss_nan(tmp_path):
+    opts = [*("KD.BOXKD.FORM", "bounded"), *("KD.RPNKD.ANCHORS", "all")]
+    batch = [image_with([[5, 5, 40, 40]])] * 2
+    for given in ([], opts):
+        model = built(tmp_path, given)
+        for weights in model.teacher.model.parameters():
+            weights.data.fill_(float("nan"))
+        with EventStorage():
+            losses = model(batch)
+        hidden = {name for name, loss in losses.items() if loss.isfinite()}
+        # Of the detector itself, and the loss for which the teacher has no part in it.
+        detection = {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "loss_rpn_loc"}
+        assert hidden == {*detection, "loss_supcon"}
+
+
 def test_teacher_is_the_same_after_many_steps_of_every_distiller(tmp_path):
     opts = [
         *("MODEL.BACKBONE.NAME", "build_mobilenetv2_fpn_backbone"),

@@ -100,7 +100,12 @@ def test_its_checkpoint_is_loaded_whole(tmp_path):
         state = model.state_dict()
         assert state.keys() == trained.keys() and input_format == "BGR"
         assert all(torch.equal(state[name], trained[name]) for name in trained)
-    trained.pop("roi_heads.box_predictor.cls_score.weight")
+    name = "roi_heads.box_predictor.cls_score.weight"
+    broken = {**trained, name: trained[name] * float("inf")}
+    torch.save({"model": broken}, tmp_path / "broken.pth")
+    with pytest.raises(ConfigError, match=f"broken.pth' holds NaN or infinity in '{name}'"):
+        load_teacher(student_cfg(path, weights=str(tmp_path / "broken.pth")))
+    trained.pop(name)
     torch.save({"model": trained}, tmp_path / "trained.pth")
     with pytest.raises(ConfigError, match="1 keys missing .*cls_score.weight"):
         load_teacher(student_cfg(path, weights=""))

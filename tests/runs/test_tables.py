@@ -267,9 +267,14 @@ def test_gain_is_paired_by_seed_and_has_its_interval(write_run, teacher_file):
     fewer = build_table([*baseline[:2], *ckd], teachers=teachers)
     assert fewer.rows[-1].values["box gain"].mean == 1.5
     assert any("over the 2 seeds" in note for note in fewer.notes)
-    # Nothing to pair with one seed in common, or seeds that are not fixed.
+    # With one seed in common it is that seed's.
     alone = build_table([baseline[0], *ckd])
-    assert gain(alone.rows[-1]) == {"box gain": Estimate(10.0)}
+    assert gain(alone.rows[-1]) == {"box gain": Estimate(1.0)}
+    assert any("over the 1 seed that" in note for note in alone.notes)
+    # Nothing to pair.
+    other = build_table([*baseline[1:], ckd[0]])
+    assert gain(other.rows[-1]) == {"box gain": Estimate(-11.0)}
+    assert any("share no seed" in note for note in other.notes)
 
 
 def test_other_test_datasets_are_shown_when_asked(write_run):

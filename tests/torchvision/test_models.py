@@ -37,6 +37,15 @@ def test_checkpoint_of_a_detector_on_a_pretrained_backbone_is_loaded_as_it_was(t
     assert all(torch.equal(maps[level], expected[level]) for level in expected)
 
 
+def test_checkpoint_of_a_training_that_diverged_is_refused(tmp_path):
+    state = build_detector(MV3, 3, options=SMALL).state_dict()
+    name = next(reversed(state))
+    state[name] = torch.full_like(state[name], float("nan"))
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ConfigError, match=f"weights.pth .* NaN or infinity in '{name}'"):
+        build_detector(MV3, 3, weights=str(tmp_path / "weights.pth"), options=SMALL)
+
+
 def test_checkpoint_with_trained_batch_norm_stays_trainable(tmp_path):
     trained = build_detector(MV3, 3, options=SMALL)
     torch.save(trained.state_dict(), tmp_path / "weights.pth")

@@ -91,6 +91,14 @@ def test_more_iterations_extend_a_finished_run_as_if_it_had_had_them(
     assert logged(run) == logged(tmp_path / "whole")
 
 
+def test_interrupted_run_beyond_its_end_is_refused(run, tiny_data):  # noqa: F811
+    (run / "result.json").unlink()
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match="--iterations is 3 but the run in .* has done 4"):
+        train(options(tiny_data, run, iterations=3))
+    assert (run / "config.yaml").read_bytes() == before
+
+
 def test_finished_run_without_a_checkpoint_is_not_begun_anew(run, tiny_data):  # noqa: F811
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(ConfigError, match="holds a finished run of 4 iterations and no"):
