@@ -79,7 +79,8 @@ def _needs_detectron2(error: BaseException | None) -> bool:
             (error.name or "").startswith("detectron2") or "needs Detectron2" in str(error)
         ):
             return True
-        error = error.__cause__ or error.__context__
+        # Not its context: an import that failed in place of Detectron2's is a failure of its own.
+        error = error.__cause__
     return False
 
 

@@ -133,15 +133,23 @@ def test_of_a_fixture(model):
     pass
 """
 
+FALLBACK = """sys
+    try:
+        import detectron2
+    except ImportError:
+        import no_such_module
+"""
+
 
 @pytest.mark.parametrize(
     ("file", "text"),
     [
         ("test_it.py", FIXTURE.format(name="no_such_module")),
+        ("test_it.py", FIXTURE.format(name=FALLBACK)),
         ("test_it.py", "import no_such_module\ndef test_it(): pass\n"),
         ("folder/conftest.py", "import no_such_module\n"),
     ],
-    ids=["fixture", "test file", "conftest"],
+    ids=["fixture", "fixture in place of Detectron2", "test file", "conftest"],
 )
 def test_another_module_that_is_missing_is_a_failure(tmp_path, file, text):
     path = tmp_path / file

@@ -127,7 +127,7 @@ def prepare_folder(
     before = config.read_bytes() if config.is_file() else None
     default_setup(cfg, args)
     if before is None or not comm.is_main_process():
-        return _nothing
+        return lambda: None
     now = config.read_bytes()
     _write(config, before)
     return partial(_write, config, now)
@@ -138,18 +138,14 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def _nothing() -> None:
-    pass
-
-
-def train(cfg: CfgNode, *, resume: bool, write_config: Callable[[], None] = _nothing) -> None:
+def train(cfg: CfgNode, *, resume: bool, write_config: Callable[[], None]) -> None:
     """Trains, evaluates and exports the student of a config."""
     check_data(cfg)
     run_trainer(DistillationTrainer(cfg), resume=resume, write_config=write_config)
 
 
 def run_trainer(
-    trainer: DistillationTrainer, *, resume: bool, write_config: Callable[[], None] = _nothing
+    trainer: DistillationTrainer, *, resume: bool, write_config: Callable[[], None]
 ) -> None:
     """Trains to the end, from the start or from the last checkpoint.
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.utils import comm
 from tiny import NUM_CLASSES, tiny_cfg
 from tiny_training import run_cfg, train
 
 from kd_detectron.engine import DistillationTrainer
 from kd_detectron.engine.main import main
 from kd_detectron.engine.schedule import schedule_factor
-from kd_detectron.errors import NonFiniteLossError
+from kd_detectron.errors import ConfigError, NonFiniteLossError
 
 TRAIN_NET = str(Path(__file__).parents[2] / "tools" / "train_net.py")
 
@@ -101,6 +102,16 @@ def test_only_the_newest_checkpoints_stay_if_a_number_is_given(tmp_path, dataset
     assert kept() == [foreign.name, "model_0000002.pth", "model_0000003.pth"]
     train(cfg, resume=True)
     assert kept() == [foreign.name, "model_0000004.pth", "model_0000005.pth", "model_final.pth"]
+
+
+def test_processes_that_found_different_checkpoints_are_refused(tmp_path, dataset, monkeypatch):
+    cfg = run_cfg(tmp_path, dataset, "run")
+    train(cfg, until=4)
+    trainer = DistillationTrainer(cfg)
+    # Of two machines, one of which does not see the folder.
+    monkeypatch.setattr(comm, "all_gather", lambda start: [start, 0])
+    with pytest.raises(ConfigError, match=r"different iterations \(\[0, 3\]\) .*machines share"):
+        trainer.resume_or_load(resume=True)
 
 
 def test_run_without_a_seed_keeps_its_random_one_over_a_resume(tmp_path, dataset):
@@ -241,9 +252,10 @@ def test_command_line_checks_evaluates_and_refuses(tmp_path, dataset, capfd):
     cfg = run_cfg(tmp_path, dataset, "cli", ["SOLVER.MAX_ITER", 2])
     command = arguments(cfg, tmp_path)
     os.rmdir(cfg.OUTPUT_DIR)
-    assert main([*command, "--check"]) == 0
+    assert main([*command, "--check", "SOLVER.ACCUMULATE_STEPS", "2"]) == 0
     printed = capfd.readouterr().out
     assert "loss_ckd" in printed and "ready to train" in printed
+    assert " s for 4 images" in printed
     assert not os.path.exists(cfg.OUTPUT_DIR), "--check leaves nothing behind"
 
     assert main(command) == 0

@@ -240,12 +240,15 @@ def test_command_labels_with_a_real_teacher_and_its_file_trains(folder, tmp_path
     output = tmp_path / "labels" / "new.json"
     arguments = ["--teacher", teacher, "--weights", "none", "--images", folder]
     arguments += ["--skip-labelled", known, "--output", str(output), "--workers", "0"]
-    assert main([*arguments, "--score-threshold", "0.0"]) == 0
+    opts = ["KD.TEACHER.OPTS", "['MODEL.ROI_HEADS.NMS_THRESH_TEST', 0.6]"]
+    assert main([*arguments, "--score-threshold", "0.0", *opts]) == 0
     printed = capsys.readouterr().out
     assert "labels on 4 images (0 of them without any), 0 images skipped" in printed
     assert "labels by class: red " in printed
     coco = json.loads(output.read_text())
     assert coco["categories"] == CATEGORIES and len(coco["images"]) == 4
+    # Labels of a teacher with other options are not continued with these.
+    assert coco["info"]["teacher"].endswith("none MODEL.ROI_HEADS.NMS_THRESH_TEST 0.6")
     assert all(("segmentation" in each) == masks for each in coco["annotations"])
 
     cfg = tiny_cfg(["MODEL.MASK_ON", masks, "INPUT.MASK_FORMAT", "bitmask"])
