@@ -222,6 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR_EXIT_CODE
+    except OSError as error:  # A full disk, most of all.
+        print(f"error: {error}; the same command continues from here", file=sys.stderr)
+        return FAILED_EXIT_CODE
     except KeyboardInterrupt:
         print("stopped; the same command continues from here", file=sys.stderr)
         return INTERRUPTED_EXIT_CODE

@@ -215,6 +215,21 @@ def write_finished_run(run, opts=(), **result):
     (run.folder / "result.json").write_text(json.dumps(record | result))
 
 
+def test_full_disk_is_said_in_one_sentence(tmp_path, monkeypatch, capsys):
+    def write_picture(*args):
+        with open("/dev/full", "w") as file:
+            file.write("a picture")
+
+    file = tmp_path / "study.yaml"
+    run = {"name": "a", "config": "demo/baseline.yaml"}
+    file.write_text(json.dumps({"output": str(tmp_path / "out"), "runs": [run]}))
+    monkeypatch.setattr(studies, "run_study", lambda *args: [])
+    monkeypatch.setattr(studies, "report", write_picture)
+    assert studies.main([str(file)]) == 1
+    error = "error: [Errno 28] No space left on device; the same command continues from here\n"
+    assert capsys.readouterr().err.endswith(error)
+
+
 def test_run_whose_options_changed_in_the_file_is_refused(tmp_path):
     def study(learning_rate, output="out"):
         file = tmp_path / "study.yaml"
