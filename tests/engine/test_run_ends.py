@@ -267,6 +267,8 @@ def test_export_that_failed_is_made_up_for_by_a_resume(tmp_path, dataset, result
     with monkeypatch.context() as patch, pytest.raises(CheckpointWriteError):
         patch.setattr(DistillationTrainer, "export", disk_is_full)
         train(cfg)
+    # With a result the command would say that there is nothing to do.
+    assert "result.json" not in files(cfg)
     train(cfg, resume=True)
     assert read(cfg, "result.json")["finished"]
     assert "student_final.pth" in files(cfg)
