@@ -18,6 +18,7 @@ from .dcd import DCD
 from .dkd import DKD
 from .fgfi import FGFI
 from .fitnet import FitNet
+from .headkd import HeadKD
 from .kd import KD
 from .maskkd import MaskKD
 from .pckd import PCKD
@@ -38,6 +39,7 @@ __all__ = [
     "Distiller",
     "FGFI",
     "FitNet",
+    "HeadKD",
     "KD",
     "MaskKD",
     "ModelSpec",

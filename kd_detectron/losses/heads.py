@@ -2,15 +2,16 @@
 
 Sources: Chen et al., "Learning Efficient Object Detection Models with Knowledge Distillation",
 NeurIPS 2017, for RPN and boxes; the mask loss is Mask R-CNN's own (arXiv 1703.06870) with the
-teacher's probabilities in place of the labels.
+teacher's probabilities in place of the labels. The relative errors are this project's.
 
 Shapes: N images, P anchors of an image over all levels, R sampled proposals over the whole batch,
-F foreground ones among them, K foreground classes, M mask pixels per side. Student and teacher
-tensors belong to the same anchors and the same boxes. The distillers ``RPNKD``, ``BoxKD`` and
-``MaskKD`` feed these functions.
+F foreground ones among them, K foreground classes, D box-feature channels, M mask pixels per side.
+Student and teacher tensors belong to the same anchors and the same boxes. The distillers ``RPNKD``,
+``BoxKD``, ``MaskKD`` and ``HeadKD`` feed these functions.
 
 Sums over anchors and proposals are divided as the detector's own losses are: by the number of
-sampled ones, so that an image with few objects does not count as much as one with many.
+sampled ones, so that an image with few objects does not count as much as one with many. A relative
+error is divided by the power of what it compares.
 """
 
 import torch
@@ -20,6 +21,9 @@ from .numerics import in_float32
 
 # Where smooth L1 turns from squared to linear: Faster R-CNN's value for its RPN.
 RPN_SMOOTH_L1_BETA = 1 / 9
+
+# Added to the mean power in a relative error: what is far smaller counts as 0.
+SMALLEST_POWER = 1e-6
 
 
 @in_float32
@@ -112,22 +116,81 @@ def box_kd_loss(
 
 @in_float32
 def mask_kd_loss(
-    student_mask_logits: torch.Tensor, teacher_mask_logits: torch.Tensor, classes: torch.Tensor
+    student_mask_logits: torch.Tensor,
+    teacher_mask_logits: torch.Tensor,
+    classes: torch.Tensor,
+    *,
+    form: str = "cross_entropy",
 ) -> torch.Tensor:
-    """Binary cross entropy of the student's mask logits against the teacher's probabilities.
+    """Binary cross entropy or relative error of mask probabilities against the teacher's.
+
+    "relative" is :func:`relative_error` of the probabilities less 0.5.
 
     Args:
         student_mask_logits, teacher_mask_logits: (F, K, M, M), of which the masks of the assigned
             class count, or (F, 1, M, M) of a class-agnostic head. The teacher's are detached.
         classes: (F,) assigned class of each foreground proposal.
+        form: "cross_entropy", the mean over pixels, or "relative".
 
     Returns:
-        A float32 scalar, the mean over pixels; a zero with a graph if F is 0.
+        A float32 scalar; a zero with a graph if F is 0.
     """
     student = _of_assigned_class(student_mask_logits, classes)
     probabilities = _of_assigned_class(teacher_mask_logits.detach(), classes).sigmoid()
+    if form == "relative":
+        return relative_error(student.sigmoid() - 0.5, probabilities - 0.5)
     entropies = F.binary_cross_entropy_with_logits(student, probabilities, reduction="sum")
     return entropies / max(student.numel(), 1)
+
+
+@in_float32
+def head_kd_loss(
+    student_objectness: torch.Tensor,
+    teacher_objectness: torch.Tensor,
+    student_deltas: torch.Tensor,
+    teacher_deltas: torch.Tensor,
+    student_box_features: torch.Tensor,
+    teacher_box_features: torch.Tensor,
+) -> torch.Tensor:
+    """Relative errors of objectness, anchor deltas and box features, each from 0 to 2, summed.
+
+    Objectness is compared as probabilities. Deltas are weighted by the teacher's probability that
+    there is an object; no label is read.
+
+    Args:
+        student_objectness, teacher_objectness: (N, P) logits. The teacher's are detached.
+        student_deltas, teacher_deltas: (N, P, 4). The teacher's are detached.
+        student_box_features, teacher_box_features: (R, D). The teacher's are detached.
+
+    Returns:
+        A float32 scalar; a part without anchors or proposals is a zero with a graph.
+    """
+    probabilities = teacher_objectness.detach().sigmoid()
+    return (
+        relative_error(student_objectness.sigmoid(), probabilities)
+        + relative_error(student_deltas, teacher_deltas.detach(), probabilities[..., None])
+        + relative_error(student_box_features, teacher_box_features.detach())
+    )
+
+
+def relative_error(
+    student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor | float = 1.0
+) -> torch.Tensor:
+    """E[w (s - t)^2] / (E[w s^2] + E[w t^2] + 1e-6), E the mean over all elements.
+
+    0 for equal tensors, about 1 for unrelated ones, at most 2, whatever the unit: one weight suits
+    outputs of any size.
+
+    Args:
+        student, teacher: of one shape.
+        weights: w, not negative, broadcast to that shape.
+
+    Returns:
+        A scalar; a zero with a graph if there are no elements.
+    """
+    power = (weights * (student.square() + teacher.square())).sum()
+    error = (weights * (student - teacher).square()).sum()
+    return error / (power + SMALLEST_POWER * max(student.numel(), 1))
 
 
 def _of_assigned_class(values: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

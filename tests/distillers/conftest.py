@@ -1,8 +1,8 @@
 """A small stand-in for what both models computed in a step, with every part a distiller may read.
 
 Two models that differ wherever they may: channels of the maps (C; not for PKD and PCKD, which
-compare them as they are) and width of the box head (D). All teacher tensors require grad here, so
-that a test sees whether a distiller would train them.
+compare them as they are) and width of the box head (D; not for HeadKD). All teacher tensors
+require grad here, so that a test sees whether a distiller would train them.
 """
 
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ SIZES = {"p2": (8, 8), "p3": (4, 4), "p4": (2, 2)}
 STRIDES = {"p2": 4, "p3": 8, "p4": 16}
 ANCHORS = 2
 WIDTHS = {"student": (4, 6), "teacher": (5, 7)}  # C, D
+SAME_C, SAME_D = {"teacher": (4, 7)}, {"teacher": (5, 6)}
 MASK_SIZE = 3
 BOXES = [[[2.0, 3, 11, 12], [10, 10, 30, 29]], [[5.0, 1, 20, 22]], []]
 
@@ -24,7 +25,7 @@ BOXES = [[[2.0, 3, 11, 12], [10, 10, 30, 29]], [[5.0, 1, 20, 22]], []]
 def widths(request):
     """C and D of both models, for the distiller that the test is of."""
     name = getattr(request.node, "callspec", None) and request.node.callspec.params.get("name")
-    return WIDTHS | {"teacher": (4, 7)} if name in ("PKD", "PCKD") else WIDTHS
+    return WIDTHS | {"PKD": SAME_C, "PCKD": SAME_C, "HeadKD": SAME_D}.get(name, {})
 
 
 def spec(widths: tuple[int, int], num_classes: int) -> ModelSpec:

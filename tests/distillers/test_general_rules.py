@@ -64,8 +64,8 @@ def check_gradients(distiller, context, loss):
 
 def test_all_methods_of_the_project_are_registered():
     assert NAMES == [
-        "BicKD", "BoxKD", "CKD", "CRD", "DCD", "DKD", "FGFI", "FitNet", "KD", "MaskKD", "PCKD",
-        "PKD", "RPNKD", "ReviewKD", "SupCon",
+        "BicKD", "BoxKD", "CKD", "CRD", "DCD", "DKD", "FGFI", "FitNet", "HeadKD", "KD", "MaskKD",
+        "PCKD", "PKD", "RPNKD", "ReviewKD", "SupCon",
     ]  # fmt: skip
 
 

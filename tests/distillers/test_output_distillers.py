@@ -1,17 +1,24 @@
-"""PKD, PCKD, RPNKD, BoxKD and MaskKD: their options, and that they compare the context's parts."""
+"""PKD, PCKD, RPNKD, BoxKD, MaskKD and HeadKD: options, and that they compare the right parts."""
 
 import pytest
 import torch
 
 from kd_detectron.distillers import ModelSpec, build_distiller
 from kd_detectron.errors import ConfigError
-from kd_detectron.losses import box_kd_loss, mask_kd_loss, pckd_loss, pkd_loss, rpn_kd_loss
+from kd_detectron.losses import (
+    box_kd_loss,
+    head_kd_loss,
+    mask_kd_loss,
+    pckd_loss,
+    pkd_loss,
+    rpn_kd_loss,
+)
 
 LEVELS = {"p2": 4, "p3": 8, "p6": 64}
 
 
-def spec(channels=256):
-    return ModelSpec(dict.fromkeys(LEVELS, channels), LEVELS, 3, 16)
+def spec(channels=256, box_channels=16):
+    return ModelSpec(dict.fromkeys(LEVELS, channels), LEVELS, 3, box_channels)
 
 
 def only_loss(name, options, context, both=None):
@@ -57,17 +64,17 @@ def test_pkd_and_pckd_refuse_other_channels_and_strides_that_no_level_has(name):
 def test_rpnkd_is_its_loss_over_all_levels(anchors, make_context):
     context = make_context()
     loss = only_loss("RPNKD", {"ANCHORS": anchors, "DELTA_WEIGHT": 0.5}, context)
-    joined = [
-        torch.cat(list(x.values()), dim=1)
-        for x in (
-            context.student.objectness,
-            context.teacher.objectness,
-            context.student.anchor_deltas,
-            context.teacher.anchor_deltas,
-            context.anchor_labels,
-        )
+    labels = torch.cat(list(context.anchor_labels.values()), dim=1)
+    expected = rpn_kd_loss(*rpn_outputs(context), labels, anchors=anchors, delta_weight=0.5)
+    assert torch.equal(loss, expected)
+
+
+def rpn_outputs(context):
+    return [
+        torch.cat(list(getattr(side, part).values()), dim=1)
+        for part in ("objectness", "anchor_deltas")
+        for side in (context.student, context.teacher)
     ]
-    assert torch.equal(loss, rpn_kd_loss(*joined, anchors=anchors, delta_weight=0.5))
 
 
 @pytest.mark.parametrize("form", ["teacher", "bounded"])
@@ -79,11 +86,32 @@ def test_boxkd_is_its_loss(form, make_context):
     assert torch.equal(loss, expected)
 
 
-def test_maskkd_is_its_loss(make_context):
+@pytest.mark.parametrize("form", ["cross_entropy", "relative"])
+def test_maskkd_is_its_loss(form, make_context):
     context = make_context()
-    loss = only_loss("MaskKD", {}, context)
+    loss = only_loss("MaskKD", {"FORM": form}, context)
     masks = context.student.mask_logits, context.teacher.mask_logits
-    assert torch.equal(loss, mask_kd_loss(*masks, context.mask_classes))
+    assert torch.equal(loss, mask_kd_loss(*masks, context.mask_classes, form=form))
+
+
+def test_maskkd_is_a_cross_entropy_by_default(make_context):
+    context = make_context()
+    expected = only_loss("MaskKD", {"FORM": "cross_entropy"}, context)
+    assert torch.equal(only_loss("MaskKD", {}, context), expected)
+
+
+@pytest.mark.parametrize("name", ["HeadKD"])
+def test_headkd_is_its_loss_over_all_levels_with_pckds_weight(name, make_context, make_distiller):
+    context, distiller = make_context(), make_distiller(name)
+    features = context.student.box_features, context.teacher.box_features
+    expected = head_kd_loss(*rpn_outputs(context), *features)
+    assert torch.equal(distiller(context)["loss_headkd"], expected)
+    assert list(distiller.parameters()) == [] and distiller.default_weight == 6.0
+
+
+def test_headkd_refuses_box_features_of_another_width():
+    with pytest.raises(ConfigError, match=r"HeadKD.*16 channels.*FC_DIM.*teacher's 32;.*DCD"):
+        build_distiller("HeadKD", {}, spec(), spec(box_channels=32))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +121,7 @@ def test_maskkd_is_its_loss(make_context):
         ("RPNKD", {"DELTA_WEIGHT": -1.0}, "KD.RPNKD.DELTA_WEIGHT is -1.0"),
         ("BoxKD", {"FORM": "free"}, "KD.BOXKD.FORM is 'free'"),
         ("BoxKD", {"MARGIN": float("nan")}, "KD.BOXKD.MARGIN is nan"),
+        ("MaskKD", {"FORM": "bce"}, "KD.MASKKD.FORM is 'bce'.*'cross_entropy' or 'relative'"),
         ("PKD", {"MAX_STRIDE": 4.5}, "KD.PKD.MAX_STRIDE is 4.5"),
         ("PCKD", {"FLOOR": 0}, "KD.PCKD.FLOOR is 0"),
     ],

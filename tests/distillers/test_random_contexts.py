@@ -48,7 +48,8 @@ OPTIONS = {
     "PCKD": {"max_stride": st.sampled_from([4, 16, 1000]), "floor": st.floats(1e-6, 10)},
     "RPNKD": {"anchors": st.sampled_from(["sampled", "all"]), "delta_weight": st.floats(0, 10)},
     "BoxKD": {"form": st.sampled_from(["teacher", "bounded"]), "margin": st.floats(0, 10)},
-    "MaskKD": {},
+    "HeadKD": {},
+    "MaskKD": {"form": st.sampled_from(["cross_entropy", "relative"])},
     "SupCon": EMBEDDING | {"temperature": TEMPERATURES},
     "CRD": EMBEDDING | {"temperature": TEMPERATURES},
 }
@@ -72,14 +73,14 @@ def steps(draw, same_channels=False):
     def normal(*shape):
         return torch.randn(shape, generator=generator) * scale
 
-    student_channels = draw(st.integers(1, 6))
+    student_channels, student_width = draw(st.integers(1, 6)), draw(st.integers(1, 9))
     foreground = draw(st.booleans())
     targets = torch.randint(num_classes + 1, (sum(proposals),), generator=generator)
     targets = targets if foreground else torch.full_like(targets, num_classes)
     mask_classes = targets[targets < num_classes]
 
-    def side(channels):
-        box_channels, rows = draw(st.integers(1, 9)), sum(proposals)
+    def side(channels, box_channels):
+        rows = sum(proposals)
         by_class = draw(st.sampled_from([1, num_classes]))
         counts = [height * width * num_anchors for height, width in sizes]
         outputs = {
@@ -118,8 +119,11 @@ def steps(draw, same_channels=False):
         reach = stride * torch.arange(1, num_anchors + 1)[:, None]
         return (centres + reach * torch.tensor([-1, -1, 1, 1])).reshape(-1, 4)
 
-    student_spec, student = side(student_channels)
-    teacher_spec, teacher = side(student_channels if same_channels else draw(st.integers(1, 6)))
+    student_spec, student = side(student_channels, student_width)
+    teacher_spec, teacher = side(
+        student_channels if same_channels else draw(st.integers(1, 6)),
+        student_width if same_channels else draw(st.integers(1, 9)),
+    )
     counts = [draw(st.sampled_from([0, 1, 3, 1000])) for _ in proposals]
     return (student_spec, teacher_spec), SimpleNamespace(
         student=student,
@@ -153,7 +157,7 @@ def steps(draw, same_channels=False):
 )
 @given(data=st.data())
 def test_loss_and_gradients_are_finite_whatever_the_step(name, data):
-    specs, context = data.draw(steps(same_channels=name in ("PKD", "PCKD")))
+    specs, context = data.draw(steps(same_channels=name in ("PKD", "PCKD", "HeadKD")))
     options = {key: data.draw(values, label=key) for key, values in OPTIONS[name].items()}
     weight = data.draw(st.floats(0, 100), label="weight")
     distiller = build_distiller(name, options, *specs).train()
