@@ -56,7 +56,8 @@ class Torchvision:
     def build(self, distillers, *, same_weights: bool = False) -> nn.Module:
         """A model in training mode; ``same_weights``: the teacher is a copy of the student."""
         student = tiny_torchvision.detector("mask", seed=1)
-        teacher = tiny_torchvision.detector("mask", seed=2, width=12, box_channels=20)
+        width = {} if "HeadKD" in distillers else {"box_channels": 20}
+        teacher = tiny_torchvision.detector("mask", seed=2, width=12, **width)
         if same_weights:
             teacher = copy.deepcopy(student)
         torch.manual_seed(5)
@@ -107,8 +108,12 @@ class Detectron2:
         from kd_detectron.modeling import DistilledRCNN, FrozenTeacher
         from kd_detectron.modeling.frozen_teacher import model_spec
 
+        cfg = self._cfg.clone()
+        # HeadKD compares box features as they are.
+        if "HeadKD" in distillers:
+            cfg.KD.TEACHER.OPTS += ["MODEL.ROI_BOX_HEAD.FC_DIM", cfg.MODEL.ROI_BOX_HEAD.FC_DIM]
         torch.manual_seed(2)
-        teacher = FrozenTeacher.from_config(self._cfg)
+        teacher = FrozenTeacher.from_config(cfg)
         student = self._parts_of_student()
         if same_weights:
             plain = copy.deepcopy(GeneralizedRCNN(**student))

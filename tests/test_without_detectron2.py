@@ -27,7 +27,7 @@ fused = ReviewKD(in_channels=[8] * 2, out_channels=[8] * 2, mid_channels=8).fuse
     [torch.randn(2, 8, 16, 16), torch.randn(2, 8, 8, 8)]
 )
 assert [tuple(f.shape[-2:]) for f in fused] == [(16, 16), (8, 8)]
-assert len(list(DISTILLER_REGISTRY)) == 15 and sys.modules["detectron2"] is None
+assert len(list(DISTILLER_REGISTRY)) == 16 and sys.modules["detectron2"] is None
 for name in (
     "ckd_loss kd_loss dkd_loss bickd_loss hcl_loss dcd_loss supcon_loss crd_loss".split()
 ):

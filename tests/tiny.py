@@ -110,7 +110,9 @@ def all_distillers() -> list[str]:
 def every_distiller_cfg(folder, opts: list | None = None) -> CfgNode:
     """A tiny Mask R-CNN student with all distillers, and a teacher with what they require."""
     cfg = distilled_cfg(folder, all_distillers(), ["MODEL.MASK_ON", True, *(opts or [])])
-    cfg.KD.TEACHER.OPTS += ["MODEL.MASK_ON", True, "MODEL.FPN.OUT_CHANNELS", 32]
+    # PKD, PCKD and HeadKD compare maps and box features as they are.
+    same = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 48]
+    cfg.KD.TEACHER.OPTS += ["MODEL.MASK_ON", True, *same]
     return cfg
 
 

@@ -22,7 +22,8 @@ UNTRAINED = {"weights": None, "weights_backbone": None, "num_classes": 4}
 
 
 def distilled(distillers=("CKD", "ReviewKD"), kind="faster", **options) -> DistilledDetector:
-    teacher = detector(kind, seed=2, width=12, box_channels=20)
+    width = {} if "HeadKD" in distillers else {"box_channels": 20}
+    teacher = detector(kind, seed=2, width=12, **width)
     return DistilledDetector(detector(kind, seed=1), teacher, distillers, **options).train()
 
 
