@@ -8,13 +8,12 @@ compared as they are, so the student's box head should start from the teacher's
 (``KD.TEACHER.INHERIT``). ``MaskKD`` with ``FORM "relative"`` does the same for masks.
 """
 
-import torch
-
 from kd_detectron.errors import ConfigError
 from kd_detectron.losses import head_kd_loss
 
 from .base import DISTILLER_REGISTRY, Distiller
 from .embedding import box_channels
+from .levels import join_levels
 
 
 @DISTILLER_REGISTRY.register()
@@ -36,17 +35,15 @@ class HeadKD(Distiller):
         return cls(**options)
 
     def forward(self, context):
-        levels = list(context.student.objectness)
-
-        def joined(by_level):
-            return torch.cat([by_level[level] for level in levels], dim=1)
-
+        student, teacher = context.student, context.teacher
         loss = head_kd_loss(
-            joined(context.student.objectness),
-            joined(context.teacher.objectness),
-            joined(context.student.anchor_deltas),
-            joined(context.teacher.anchor_deltas),
-            context.student.box_features,
-            context.teacher.box_features,
+            *join_levels(
+                student.objectness,
+                teacher.objectness,
+                student.anchor_deltas,
+                teacher.anchor_deltas,
+            ),
+            student.box_features,
+            teacher.box_features,
         )
         return {"loss_headkd": loss}

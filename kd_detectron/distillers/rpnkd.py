@@ -5,13 +5,12 @@ Objectness (N, H*W*A) and anchor deltas (N, H*W*A, 4) of each level; both models
 anchors.
 """
 
-import torch
-
 from kd_detectron.errors import ConfigError
 from kd_detectron.losses import rpn_kd_loss
 
 from .argument_checks import check_number
 from .base import DISTILLER_REGISTRY, Distiller
+from .levels import join_levels
 
 
 @DISTILLER_REGISTRY.register()
@@ -34,17 +33,15 @@ class RPNKD(Distiller):
         self.delta_weight = check_number("KD.RPNKD.DELTA_WEIGHT", delta_weight, at_least=0)
 
     def forward(self, context):
-        levels = list(context.student.objectness)
-
-        def joined(by_level):
-            return torch.cat([by_level[level] for level in levels], dim=1)
-
+        student, teacher = context.student, context.teacher
         loss = rpn_kd_loss(
-            joined(context.student.objectness),
-            joined(context.teacher.objectness),
-            joined(context.student.anchor_deltas),
-            joined(context.teacher.anchor_deltas),
-            joined(context.anchor_labels),
+            *join_levels(
+                student.objectness,
+                teacher.objectness,
+                student.anchor_deltas,
+                teacher.anchor_deltas,
+                context.anchor_labels,
+            ),
             anchors=self.anchors,
             delta_weight=self.delta_weight,
         )

@@ -208,6 +208,7 @@ def _arguments_for_config_keys(name: str) -> Iterator[None]:
             (node, name),
             ("KD.DISTILLERS names", "distillers names"),
             ("MODEL.FPN.OUT_CHANNELS", "out_channels of the FPN"),
+            ("MODEL.ROI_BOX_HEAD.FC_DIM or CONV_DIM", "representation_size of the box head"),
             ("tools/train_net.py --import FILE.py", "--import FILE.py"),
         ):
             message = message.replace(key, argument)

@@ -274,6 +274,10 @@ def test_auto_with_nothing_to_inherit_is_refused():
             lambda: DistilledDetector(detector(), detector(out_channels=32), ["PKD"]),
             ["distillers names PKD", "(out_channels of the FPN) have [16,", "[32,"],
         ),
+        (
+            lambda: DistilledDetector(detector(), detector(box_channels=20), ["HeadKD"]),
+            ["distillers names HeadKD", "24 channels (representation_size of the box head)", "20"],
+        ),
         (lambda: distilled(["CKD"], "fcos"), ["CKD", "student", "single-stage", "ReviewKD"]),
         (
             lambda: DistilledDetector(detector(), detector("retinanet"), ["CKD"]),
