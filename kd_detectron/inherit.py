@@ -31,6 +31,8 @@ def inherit(
 
     Args:
         parts: the starts of the names of tensors; "auto" is each of ``modules`` that fits in whole.
+            What the student has under such a name must be in the teacher too, but for modules that
+            the teacher lacks altogether.
         student: its tensors by name.
         teacher: its tensors by name.
         modules: names of the student's modules behind the network, in the order of the data.
@@ -39,8 +41,8 @@ def inherit(
         key: where the parts are named, for messages.
 
     Raises:
-        ConfigError: the teacher has no such part, or the student's is another; for "auto", nothing
-            fits.
+        ConfigError: the teacher has no such part, or the student's is another or means something
+            else; for "auto", nothing fits.
     """
     copied: list[str] = []
     for part in parts:
@@ -48,22 +50,51 @@ def inherit(
             copied += _inherit_what_fits(student, teacher, modules, why_not, key)
             continue
         inherited = _of(part, teacher)
-        wrong = [k for k, t in inherited.items() if k not in student or student[k].shape != t.shape]
         if not inherited:
             names = {".".join(name.split(".")[:depth]) for name in student for depth in (1, 2)}
             raise ConfigError(
                 f"{key} has '{part}', but the teacher has no part of that name"
                 f"{did_you_mean(part, [AUTO, *names])}"
             )
-        if wrong:
+        lacking = [module for module in modules if not _of(f"{module}.", teacher)]
+        lacking = [module for module in lacking if _of(part, _of(f"{module}.", student))]
+        if reason := _misfit(part, student, teacher, modules, lacking, why_not):
             raise ConfigError(
-                f"{key} has '{part}', of which the teacher has {len(inherited)} tensors; the "
-                f"student lacks {len(wrong)} of them or has them in another shape, e.g. {wrong[0]};"
-                " name only parts that are built alike, or 'auto' for all that fit"
+                f"{key} has '{part}', but {reason}; name only parts that are built alike, or "
+                f"'{AUTO}' for all that fit"
             )
         copied += _copy(inherited, student)
         logger.info("Inherited from the teacher: %s (%d tensors)", part, len(inherited))
+        if lacking:
+            logger.info("Not in the teacher: %s", ", ".join(lacking))
     return copied
+
+
+def _misfit(
+    part: str,
+    student: Tensors,
+    teacher: Tensors,
+    modules: Sequence[str],
+    lacking: Sequence[str],
+    why_not: Callable,
+) -> str:
+    """Why the teacher's part is not the student's; "" where it is."""
+    theirs = _of(part, teacher)
+    ours = {
+        name: tensor
+        for name, tensor in _of(part, student).items()
+        if not name.startswith(tuple(f"{module}." for module in lacking))
+        # A student may have a BatchNorm where the teacher has a frozen one.
+        and (name in theirs or not name.endswith("num_batches_tracked"))
+    }
+    if reason := _difference("", ours, theirs):
+        return reason
+    for module in modules:
+        tensors = _of(f"{module}.", student)
+        # A layer of a module means the same wherever the module's outputs do not.
+        if tensors and tensors.keys() <= theirs.keys() and (reason := why_not(module, modules)):
+            return f"of {module}, {reason}"
+    return ""
 
 
 def _inherit_what_fits(
@@ -101,7 +132,7 @@ def _difference(module: str, ours: Tensors, theirs: Tensors) -> str:
     if not theirs:
         return "the teacher has none"
     for name in [*ours, *theirs]:
-        shapes = [tuple(state[name].shape) if name in state else None for state in (ours, theirs)]
+        shapes = [tuple(x[name].shape) if name in x else "absent" for x in (ours, theirs)]
         if shapes[0] != shapes[1]:
             return f"{name.removeprefix(module + '.')} is {shapes[0]}, the teacher's {shapes[1]}"
     return ""

@@ -131,10 +131,13 @@ class DistillationTrainer(DefaultTrainer):
 
         Raises:
             ConfigError: what is to be resumed is beyond ``SOLVER.MAX_ITER``, no checkpoint fits, or
-                the processes read checkpoints of different iterations.
+                the processes read checkpoints of different iterations; ``MODEL.WEIGHTS`` would
+                replace what was inherited from the teacher.
         """
         groups = [dict(group) for group in self.optimizer.param_groups]
         super().resume_or_load(resume=resume)
+        if not (resume and self.checkpointer.has_checkpoint()):
+            self._check_inherited()
         # No process renames a file of the run before all have read it.
         starts = sorted(set(comm.all_gather(self.start_iter)))
         if len(starts) > 1:
@@ -159,6 +162,23 @@ class DistillationTrainer(DefaultTrainer):
             )
         if not self.finished and comm.is_main_process():
             forget_metrics_from(self.cfg.OUTPUT_DIR, self.start_iter)
+
+    def _check_inherited(self) -> None:
+        """Refuses ``MODEL.WEIGHTS`` that have replaced inherited parts."""
+        inherited = getattr(unwrap(self.model), "inherited", ())
+        unmatched = self.checkpointer.incompatible
+        if not inherited or unmatched is None:
+            return
+        kept = {*unmatched.missing_keys, *(name for name, _, _ in unmatched.incorrect_shapes)}
+        replaced = sorted(set(inherited) - kept)
+        if replaced:
+            raise ConfigError(
+                f"MODEL.WEIGHTS is '{self.cfg.MODEL.WEIGHTS}', which has {len(replaced)} of the"
+                f" {len(inherited)} tensors that KD.TEACHER.INHERIT"
+                f" {list(self.cfg.KD.TEACHER.INHERIT)} copies from the teacher, e.g."
+                f" {replaced[0]}, and would replace them; set KD.TEACHER.INHERIT to [], or"
+                " MODEL.WEIGHTS to the weights of a backbone alone"
+            )
 
     def _set_optimizer_options(self, groups: list[dict]) -> None:
         """Gives the optimizer the options of the config, where a checkpoint had others.

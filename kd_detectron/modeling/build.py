@@ -57,6 +57,12 @@ def build_distillation(cfg: CfgNode, student: Mapping) -> dict:
                 cfg.KD.TEACHER.CONFIG_FILE,
             )
         return built
+    if not parts and cfg.KD.TEACHER.INHERIT_LR_FACTOR != 1:
+        logger.warning(
+            "KD.TEACHER.INHERIT_LR_FACTOR is %g but KD.TEACHER.INHERIT is empty: no part learns at"
+            " another rate",
+            cfg.KD.TEACHER.INHERIT_LR_FACTOR,
+        )
     if len(set(names)) != len(names):
         raise ConfigError(f"KD.DISTILLERS is {names}: name each distiller once")
     student_model = SimpleNamespace(**student)

@@ -76,6 +76,13 @@ def same_anchors(student_model, teacher_model) -> bool:
     return _anchors(student_model) == _anchors(teacher_model)
 
 
+def uses_sigmoid(model) -> bool:
+    """``USE_SIGMOID_CE`` of the box head, of its first stage where there are several (Cascade)."""
+    predictor = model.roi_heads.box_predictor
+    first = predictor[0] if isinstance(predictor, nn.ModuleList) else predictor
+    return getattr(first, "use_sigmoid_ce", False)
+
+
 def box_codings(model) -> list[tuple[float, ...]]:
     """``BBOX_REG_WEIGHTS`` of the box head, of each stage where there are several (Cascade)."""
     predictor = model.roi_heads.box_predictor
@@ -116,7 +123,7 @@ def _check_box_heads(name: str, specs: dict[str, ModelSpec]) -> None:
 
 def _check_softmax(name: str, models: dict) -> None:
     for who, model in models.items():
-        if getattr(model.roi_heads.box_predictor, "use_sigmoid_ce", False):
+        if uses_sigmoid(model):
             raise ConfigError(
                 f"MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is True for the {who}, so its background logit "
                 f"is never trained, but '{name}' compares class probabilities with background; "

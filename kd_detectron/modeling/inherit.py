@@ -7,7 +7,7 @@ from torch import nn
 
 from kd_detectron.inherit import inherit
 
-from .compatibility import box_codings, same_anchors
+from .compatibility import box_codings, same_anchors, uses_sigmoid
 
 
 def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) -> list[str]:
@@ -36,6 +36,13 @@ def inherit_parts(parts: Sequence[str], student: Mapping, teacher: nn.Module) ->
                 return "it reads a box head that is not inherited"
             if box_codings(student_model) != box_codings(teacher):
                 return "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS are others"
+            if uses_sigmoid(student_model) != uses_sigmoid(teacher):
+                return "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE is another"
+        if module.startswith("roi_heads.") and module.endswith("_head"):
+            name = module.removeprefix("roi_heads.").replace("_head", "_pooler")
+            poolers = [getattr(model.roi_heads, name, None) for model in (student_model, teacher)]
+            if len({getattr(pooler, "output_size", None) for pooler in poolers}) > 1:
+                return "its POOLER_RESOLUTION is another"
         return ""
 
     return inherit(

@@ -130,6 +130,7 @@ def test_auto_inherits_everything_behind_the_bottom_up_network_that_fits(tmp_pat
             ["MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)],
             {"roi_heads.box_predictor"},
         ),
+        (["MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True], {"roi_heads.box_predictor"}),
     ],
 )
 def test_auto_leaves_out_what_means_something_else_in_the_teacher(
@@ -173,7 +174,27 @@ def test_auto_leaves_out_what_means_something_else_in_a_cascade(tmp_path, teache
     ("teacher_opts", "inherit", "words"),
     [
         (ALIKE, ["roi_head."], ["KD.TEACHER.INHERIT", "no part of that name", "mean roi_heads"]),
-        ([], ["roi_heads"], ["roi_heads", "another shape", "box_head.fc1", "'auto'"]),
+        (
+            [],
+            ["roi_heads"],
+            ["has 'roi_heads', but roi_heads.box_head.fc1.weight is (48, 1568), the", "'auto'"],
+        ),
+        (
+            [*ALIKE, "MODEL.ROI_BOX_HEAD.NUM_FC", 2],
+            ["roi_heads"],
+            ["roi_heads.box_head.fc2.weight is absent, the teacher's (48, 48)"],
+        ),
+        # What fits in shape and means something else.
+        (
+            [*ALIKE, "MODEL.ANCHOR_GENERATOR.SIZES", [[9], [16], [32], [64], [128]]],
+            ["proposal_generator.rpn_head"],
+            ["of proposal_generator, its anchors are others"],
+        ),
+        (
+            [*ALIKE, "MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS", (1.0, 1.0, 1.0, 1.0)],
+            ["roi_heads"],
+            ["of roi_heads.box_predictor, MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS are others"],
+        ),
         (
             ["MODEL.META_ARCHITECTURE", "ProposalNetwork"],
             ["auto"],
@@ -188,6 +209,77 @@ def test_what_cannot_be_inherited_is_refused(tmp_path, teacher_opts, inherit, wo
     with pytest.raises(ConfigError) as error:
         build_model(cfg)
     assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_part_that_would_keep_random_layers_is_refused(tmp_path):
+    cfg, _ = config(tmp_path, ALIKE, ["roi_heads"], opts=["MODEL.ROI_BOX_HEAD.NUM_FC", 2])
+    cfg.KD.TEACHER.OPTS = [*ALIKE, "MODEL.ROI_BOX_HEAD.NUM_FC", 1]
+    with pytest.raises(ConfigError, match=r"fc2.weight is \(48, 48\), the teacher's absent"):
+        build_model(cfg)
+
+
+def test_a_mask_head_that_pools_other_sizes_is_left_out(tmp_path, caplog):
+    mask = ["MODEL.MASK_ON", True]
+    resolution = ["MODEL.ROI_MASK_HEAD.POOLER_RESOLUTION", 7]
+    cfg, _ = config(tmp_path, [*ALIKE, *mask, *resolution], ["auto"], opts=mask)
+    with caplog.at_level(logging.INFO, logger="kd_detectron"):
+        build_model(cfg)
+    assert "roi_heads.mask_head (its POOLER_RESOLUTION is another)" in caplog.text
+
+
+def test_a_head_that_the_teacher_lacks_stays_the_students(tmp_path, caplog):
+    mask = ["MODEL.MASK_ON", True]
+    cfg, teacher = config(tmp_path, ALIKE, ["roi_heads"], opts=mask)
+    with caplog.at_level(logging.INFO, logger="kd_detectron"):
+        _, after = student(cfg)
+    assert "Not in the teacher: roi_heads.mask_head" in caplog.text
+    assert torch.equal(
+        after["roi_heads.box_head.fc1.weight"], teacher["roi_heads.box_head.fc1.weight"]
+    )
+
+
+def test_weights_that_would_replace_inherited_parts_are_refused(tmp_path):
+    cfg, teacher = config(tmp_path, ALIKE, ["roi_heads"])
+    weights = tmp_path / "whole_detector.pth"
+    torch.save({"model": student(cfg)[1]}, weights)
+    cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = str(weights), str(tmp_path / "run")
+    trainer = _Trainer(cfg)
+    with pytest.raises(
+        ConfigError, match=r"MODEL.WEIGHTS is .* KD.TEACHER.INHERIT \['roi_heads'\]"
+    ):
+        trainer.resume_or_load(resume=False)
+
+
+def test_weights_of_a_backbone_leave_inherited_parts_as_they_are(tmp_path):
+    cfg, teacher = config(tmp_path, ALIKE, ["roi_heads"])
+    state = {k: v + 1 for k, v in student(cfg)[1].items() if k.startswith("backbone")}
+    torch.save({"model": state}, tmp_path / "backbone.pth")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "backbone.pth")
+    cfg.OUTPUT_DIR = str(tmp_path / "run")
+    trainer = _Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    loaded = trainer.model.state_dict()
+    for key, tensor in {**state, **_of(teacher, "roi_heads")}.items():
+        assert torch.equal(loaded[key], tensor), key
+
+
+class _Trainer(DistillationTrainer):
+    """One without data."""
+
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return []
+
+
+def _of(state, start):
+    return {key: tensor for key, tensor in state.items() if key.startswith(start)}
+
+
+def test_a_rate_of_inherited_parts_without_any_is_warned_of(tmp_path, caplog):
+    cfg, _ = config(tmp_path, ALIKE, [])
+    cfg.KD.TEACHER.INHERIT_LR_FACTOR = 0.1
+    build_model(cfg)
+    assert "INHERIT_LR_FACTOR is 0.1 but KD.TEACHER.INHERIT is empty" in caplog.text
 
 
 def test_inheriting_needs_a_teacher(tmp_path):
