@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kd_detectron"
 # Each part may import those of the lines above its own.
 LAYERS = (
     ("errors", "atomic_files", "worker_signals"),
-    ("learning_rate", "precision", "finite"),
+    ("learning_rate", "precision", "finite", "seeding"),
     ("commands", "context", "inherit", "taps", "losses", "data", "backbones"),
     ("distillers", "runs"),
     ("config",),
@@ -31,6 +31,7 @@ WITHOUT_DETECTRON2 = (
     "learning_rate",
     "precision",
     "finite",
+    "seeding",
     "commands",
     "context",
     "inherit",

@@ -13,13 +13,10 @@ An element that cannot be used is replaced by the next image of the dataset.
 """
 
 import logging
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, instantiate
 from detectron2.data import (
@@ -38,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kd_detectron.data.coco_format import name_keypoints
 from kd_detectron.errors import ConfigError, CorruptImageError, did_you_mean
+from kd_detectron.seeding import seeded
 from kd_detectron.worker_signals import heed_the_training_alone
 
 logger = logging.getLogger(__name__)
@@ -249,7 +247,7 @@ class _SeededDataset(Dataset):
         """The mapped image, its file name, and what was skipped before (file name: reason)."""
         position, index = key
         corrupt: dict[str, str] = {}
-        with _seeded(self.seed, position):
+        with seeded(self.seed, position):
             for attempt in range(10 * len(self.dicts)):
                 record = self.dicts[(index + attempt) % len(self.dicts)]
                 file_name = record["file_name"]
@@ -271,20 +269,3 @@ def _reason(file_name: str, error: Exception) -> str:
     except Exception as unreadable:
         return f"{type(unreadable).__name__}: {unreadable}"
     raise RuntimeError(f"the mapper failed on image '{file_name}'") from error
-
-
-@contextmanager
-def _seeded(seed: int, position: int) -> Iterator[None]:
-    """Seeds Python's, numpy's and torch's random states inside the block."""
-    words = np.random.SeedSequence([seed, position]).generate_state(3).tolist()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    # Not torch.manual_seed, which would also reseed the GPUs that the model draws from.
-    torch.default_generator.manual_seed(words[2])
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])

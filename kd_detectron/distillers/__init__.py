@@ -1,6 +1,7 @@
 """One file per distillation method; importing this package registers them all."""
 
 from .base import (
+    CLASS_OUTPUTS,
     DISTILLER_REGISTRY,
     Distiller,
     ModelSpec,
@@ -32,6 +33,7 @@ __all__ = [
     "BicKD",
     "BoxKD",
     "CKD",
+    "CLASS_OUTPUTS",
     "CRD",
     "DCD",
     "DISTILLER_REGISTRY",

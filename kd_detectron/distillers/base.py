@@ -23,6 +23,9 @@ from torch import nn
 
 from kd_detectron.errors import ConfigError, did_you_mean
 
+# The outputs of a detector that differ from class to class.
+CLASS_OUTPUTS = frozenset({"logits", "box_deltas", "mask_logits"})
+
 DISTILLER_REGISTRY = Registry("DISTILLER")
 DISTILLER_REGISTRY.__doc__ = """
 Distillers by name, the name that ``KD.DISTILLERS`` lists. A registered object must be a subclass of
@@ -101,8 +104,7 @@ def check_classes(
     name: str, requires: Collection[str], student: ModelSpec, teacher: ModelSpec, *, key: str
 ) -> None:
     """Refuses a distiller that compares outputs of each class, where the class counts differ."""
-    by_class = {"logits", "box_deltas", "mask_logits"}.intersection(requires)
-    if by_class and student.num_classes != teacher.num_classes:
+    if CLASS_OUTPUTS.intersection(requires) and student.num_classes != teacher.num_classes:
         raise ConfigError(
             f"{key} is {student.num_classes} for the student and {teacher.num_classes} for the "
             f"teacher, but '{name}' compares their outputs class by class; train the teacher on "

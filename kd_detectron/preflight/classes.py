@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from kd_detectron.data.coco_format import read_categories, resolve_path
-from kd_detectron.distillers import DISTILLER_REGISTRY
+from kd_detectron.distillers import CLASS_OUTPUTS, DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError
 from kd_detectron.modeling.teacher_loading import (
     find_teacher_config,
@@ -23,8 +23,6 @@ from kd_detectron.preflight.annotations import DatasetSummary, count_classes
 
 # Stands for the NUM_CLASSES of a model that has no such attribute (some LazyConfigs').
 UNKNOWN_CLASSES = -1
-# The outputs of a detector that differ from class to class.
-CLASS_OUTPUTS = {"logits", "box_deltas", "mask_logits"}
 
 
 def check_dataset_classes(
