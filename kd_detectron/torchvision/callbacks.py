@@ -17,6 +17,8 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from kd_detectron.atomic_files import atomic_open
+from kd_detectron.errors import NonFiniteLossError
+from kd_detectron.finite import non_finite_key
 from kd_detectron.runs import files
 
 from .options import FINAL_WEIGHTS, TrainingOptions
@@ -90,10 +92,19 @@ class RunFolder(Callback):
         self._write(trainer, self.evaluated - (not self._is_last(trainer)), metrics)
 
     def write_result(self, trainer, module) -> None:
-        """Writes the plain student's weights and ``result.json``."""
+        """Writes the plain student's weights and ``result.json``.
+
+        Raises:
+            NonFiniteLossError: a weight or buffer is NaN or infinite; nothing is written.
+        """
         if not trainer.is_global_zero:
             return
         student, teacher = module.model.student, module.model.teacher
+        if key := non_finite_key(student.state_dict()):
+            raise NonFiniteLossError(
+                f"'{key}' is not finite, so {self._folder / FINAL_WEIGHTS} was not written; lower "
+                "learning_rate, or set clip_gradients, and train anew with another --output"
+            )
         with atomic_open(self._folder / FINAL_WEIGHTS) as file:
             torch.save(student.state_dict(), file)
         result = {
@@ -126,15 +137,33 @@ class RunFolder(Callback):
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it.
+    """Writes a checkpoint beside its place and renames it; reads one as tensors only.
 
     Lightning's own copies it from /tmp, which is not atomic where that is another file system.
     """
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            NonFiniteLossError: a weight or buffer is NaN or infinite; nothing is written.
+        """
+        if key := non_finite_key(checkpoint["state_dict"]):
+            exists = Path(path).is_file()
+            before = "the one before it is intact" if exists else "there is no checkpoint before it"
+            fix = "and --resume" if exists else "and start anew"
+            raise NonFiniteLossError(
+                f"'{key}' is not finite after iteration {checkpoint['global_step'] - 1}, so no "
+                f"checkpoint of it was written to {path}; {before}: lower learning_rate or the "
+                f"distillers' weights, or set clip_gradients, {fix}"
+            )
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_open(path) as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict:
+        """Reads a checkpoint to the CPU, and never runs code that is in it."""
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 class StopOnSignal(Callback):

@@ -20,6 +20,7 @@ from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.transforms import v2
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.seeding import seeded
 from kd_detectron.worker_signals import heed_the_training_alone
 
 
@@ -165,13 +166,14 @@ def trainable(target: dict) -> dict:
 class BatchesByIteration(Sampler):
     """The batches of a whole training as a function of seed and iteration.
 
-    A resumed training continues with the batch after its last one.
+    A resumed training continues with the batch after its last one. A batch is a list of positions
+    in the training's stream of images, the same for any number of processes, with their indices.
 
     Args:
         length: images of the data set.
         batch_size: images of a step, over all processes.
         iterations: steps of the whole training.
-        seed: of the order.
+        seed: of the order, and of what is drawn for the image at a position.
         start: the first iteration to give.
         rank, world_size: this process gets its share of each batch.
     """
@@ -187,29 +189,44 @@ class BatchesByIteration(Sampler):
         rank: int = 0,
         world_size: int = 1,
     ):
-        self._arguments = length, batch_size, iterations, seed
+        self.seed = seed
+        self._arguments = length, batch_size, iterations
         self._start = start
         self._share = slice(rank, None, world_size)
 
     def __len__(self) -> int:
         return self._arguments[2]
 
-    def __iter__(self) -> Iterator[list[int]]:
-        length, batch_size, iterations, seed = self._arguments
-        generator = torch.Generator().manual_seed(seed)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        length, batch_size, iterations = self._arguments
+        generator = torch.Generator().manual_seed(self.seed)
         waiting: list[int] = []
         for iteration in range(iterations):
             while len(waiting) < batch_size:
                 waiting += torch.randperm(length, generator=generator).tolist()
             batch, waiting = waiting[:batch_size], waiting[batch_size:]
             if iteration >= self._start:
-                yield batch[self._share]
+                numbered = list(enumerate(batch, start=iteration * batch_size))
+                yield numbered[self._share]
 
 
-def train_loader(data: DetectionData, batches: Sampler, workers: int) -> DataLoader:
+class _SeededData(Dataset):
+    """The image at (position, index), flipped or not as a function of seed and position alone."""
+
+    def __init__(self, data: DetectionData, seed: int):
+        self._data = data
+        self._seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, dict]:
+        position, index = key
+        with seeded(self._seed, position):
+            return self._data[index]
+
+
+def train_loader(data: DetectionData, batches: BatchesByIteration, workers: int) -> DataLoader:
     """Batches of images and targets without what cannot be trained on."""
     return DataLoader(
-        data,
+        _SeededData(data, batches.seed),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_collate_for_training,

@@ -39,6 +39,7 @@ from .callbacks import (
     StopOnSignal,
     evaluation_period,
 )
+from .classes import TRAIN_CLASSES, check_class_order
 from .data import BatchesByIteration, DetectionData, test_loader, train_loader
 from .detector import DistilledDetector
 from .models import build_detector
@@ -229,7 +230,7 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
     data, val = _load_data(options)
     config = options.config(len(data.class_names))
     checksum = hashlib.sha256(Path(options.train[0]).read_bytes()).hexdigest()
-    config["DATASETS"][_CHECKSUM] = checksum
+    config["DATASETS"] |= {_CHECKSUM: checksum, TRAIN_CLASSES: data.class_names}
     _check_same_run(folder, config)
     result = files.read_result(folder)
     if files.is_finished(folder) and (result.get("iterations") or 0) >= options.iterations:
@@ -256,6 +257,8 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
         )
     lightning.seed_everything(options.seed, verbose=False)
     model = build_model(options, len(data.class_names))
+    if options.teacher_run:
+        check_class_order(model, data.class_names, options.teacher_run)
     if trainer.is_global_zero:
         _prepare_folder(folder, config, start)
     module = DetectionModule(model, options, data, val, start)
@@ -361,9 +364,10 @@ def _load_data(options: TrainingOptions) -> tuple[DetectionData, DetectionData]:
 def _check_same_run(folder: Path, config: dict) -> None:
     """Refuses another model, teacher, distillation or data: the run would be a mixture of two."""
     now = files.flatten(yaml.safe_load(yaml.safe_dump(config)))  # lists in place of tuples
-    key = f"DATASETS.{_CHECKSUM}"
-    if key not in config_of_run(str(folder)):  # written by an earlier version
-        del now[key]
+    before = config_of_run(str(folder))
+    for key in (f"DATASETS.{_CHECKSUM}", f"DATASETS.{TRAIN_CLASSES}"):
+        if key not in before:  # written by an earlier version
+            del now[key]
     compare_with_run(
         str(folder),
         now,
@@ -383,6 +387,7 @@ def _with_nan(results: dict) -> dict[str, dict[str, float]]:
 
 def build_model(options: TrainingOptions, num_classes: int) -> DistilledDetector:
     """The student with its teacher and distillers, as the options name them."""
+    _check_teacher_options(options)
     student = build_detector(
         options.student,
         num_classes,
@@ -395,6 +400,27 @@ def build_model(options: TrainingOptions, num_classes: int) -> DistilledDetector
         with torch.random.fork_rng():
             teacher = build_teacher(options, num_classes)
     return DistilledDetector(student, teacher, options.distillers, inherit=options.inherit)
+
+
+def _check_teacher_options(options: TrainingOptions) -> None:
+    """Refuses a teacher that is named twice; warns of options that change nothing."""
+    for key in ("teacher", "teacher_options"):
+        if options.teacher_run and getattr(options, key):
+            raise ConfigError(
+                f"{key} is {getattr(options, key)!r} and teacher_run '{options.teacher_run}', "
+                "which names the teacher and its options; leave one of the two out"
+            )
+    named = [x for x in ("teacher", "teacher_run", "teacher_weights") if getattr(options, x)]
+    if named and not (options.distillers or options.inherit):
+        logger.warning(
+            "%s is '%s' but distillers and inherit are empty: nothing is distilled",
+            *(named[0], getattr(options, named[0])),
+        )
+    if options.inherit_lr_factor != 1 and not options.inherit:
+        logger.warning(
+            "inherit_lr_factor is %g but inherit is empty: no part learns at another rate",
+            options.inherit_lr_factor,
+        )
 
 
 def build_teacher(options: TrainingOptions, num_classes: int) -> nn.Module:
@@ -430,9 +456,11 @@ def detector_of_run(folder: str | Path) -> tuple[str, dict, int]:
 
 def _iteration_of(checkpoint: Path) -> int:
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=False)["global_step"])
-    except (RuntimeError, EOFError, KeyError, UnpicklingError) as error:
-        first = str(error).split("\n")[0]
+        return int(AtomicCheckpoints().load_checkpoint(checkpoint)["global_step"])
+    except (RuntimeError, EOFError, KeyError, TypeError, UnpicklingError) as error:
+        # The first sentence: PyTorch's go on with guesses at the cause.
+        reason = str(error).split("\n")[0].split(". ")[0]
         raise ConfigError(
-            f"{checkpoint} cannot be read ({first}); remove it to start anew"
+            f"{checkpoint} cannot be read ({reason}): it is damaged, or holds other objects than a "
+            "training writes; remove it to start anew"
         ) from error

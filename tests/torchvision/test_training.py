@@ -17,7 +17,13 @@ from kd_detectron.errors import ConfigError
 from kd_detectron.runs.run import load_run, torchvision_name
 from kd_detectron.runs.tables import build_table, load_teacher
 from kd_detectron.torchvision import training
-from kd_detectron.torchvision.data import BatchesByIteration, DetectionData, trainable
+from kd_detectron.torchvision.classes import check_class_order
+from kd_detectron.torchvision.data import (
+    BatchesByIteration,
+    DetectionData,
+    train_loader,
+    trainable,
+)
 from kd_detectron.torchvision.data import test_loader as data_loader
 from kd_detectron.torchvision.main import build_parser, main, read_options
 from kd_detectron.torchvision.models import build_detector
@@ -155,6 +161,7 @@ def test_command_line_overrides_the_file(tmp_path):
         (["--distillers", "CKD=much"], ["CKD=much", "NAME=WEIGHT"]),
         (["--weights", "gone.pth"], ["gone.pth"]),
         (["--teacher-run", "gone", "--inherit", "rpn"], ["gone", "run folder"]),
+        (["--teacher-run", "gone", "--teacher", "x"], ["teacher is 'x'", "teacher_run 'gone'"]),
         (["--config", "gone.yaml"], ["gone.yaml"]),
         (["--iterations", "0"], ["iterations is 0", "at least 1"]),
         (["--batch-size", "0"], ["batch_size is 0", "at least 1"]),
@@ -313,6 +320,77 @@ def test_teachers_weights_must_fit_in_every_key(runs, tiny_data):  # noqa: F811
         build_model(wrong, 8)
 
 
+@pytest.mark.parametrize(
+    ("own", "warning"),
+    [
+        ({"teacher": "x", "teacher_weights": "x.pth"}, "teacher is 'x' but distillers and inherit"),
+        ({"teacher_weights": "x.pth"}, "teacher_weights is 'x.pth' but distillers and inherit"),
+        ({"teacher_run": "x"}, "teacher_run is 'x' but distillers and inherit"),
+        ({"inherit_lr_factor": 0.1}, "inherit_lr_factor is 0.1 but inherit is empty"),
+        ({}, None),
+    ],
+)
+def test_options_that_change_nothing_are_warned_of(tiny_data, caplog, own, warning):  # noqa: F811
+    build_model(options(tiny_data, "unused", **own), 4)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == bool(warning) and all(text.startswith(warning) for text in said)
+
+
+def test_teachers_run_and_other_options_of_it_are_refused(runs, tiny_data):  # noqa: F811
+    own = {"teacher_run": str(runs / "teacher"), "distillers": {"CKD": 0.1}}
+    two = options(tiny_data, "unused", teacher_options={"min_size": 64}, **own)
+    with pytest.raises(ConfigError, match="teacher_options .*min_size.* and teacher_run '"):
+        build_model(two, 4)
+
+
+def with_other_names(data, folder, names):
+    """Copies of the annotation files with these names of the categories."""
+    folder.mkdir()
+    for split in ("train", "val"):
+        content = json.loads((data / f"{split}.json").read_text())
+        for category, name in zip(content["categories"], names, strict=True):
+            category["name"] = name
+        (folder / f"{split}.json").write_text(json.dumps(content))
+        (folder / split).symlink_to(data / split)
+    return folder
+
+
+def test_teacher_of_another_class_order_is_refused(runs, tiny_data, tmp_path):  # noqa: F811
+    names = list(SYNTHETIC_CLASSES)
+    data = with_other_names(tiny_data, tmp_path / "data", names[::-1])
+    own = {"teacher_run": str(runs / "teacher"), "distillers": {"KD": 1.0}}
+    with pytest.raises(ConfigError) as error:
+        train(options(data, tmp_path / "run", **own))
+    assert all(word in str(error.value) for word in (f"'{names[0]}'", f"'{names[-1]}'", "KD", "1"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "refused"),
+    [
+        ({"distillers": {"PKD": {}}, "inherit": ("rpn",)}, False),
+        ({"distillers": {"BoxKD": {}}}, True),
+        ({"inherit": ("roi_heads.box_predictor",)}, True),
+        ({"inherit": ("auto",)}, True),
+        ({"inherit": ("roi_heads.box_head",)}, False),
+    ],
+)
+def test_class_order_matters_to_what_goes_class_by_class(runs, tiny_data, tmp_path, own, refused):  # noqa: F811
+    teacher = shutil.copytree(runs / "teacher", tmp_path / "teacher")
+    model = build_model(options(tiny_data, "unused", teacher_run=str(teacher), **own), 4)
+    names = [name.upper() for name in SYNTHETIC_CLASSES]
+    check_class_order(model, names, str(teacher))
+    if refused:
+        with pytest.raises(ConfigError, match="class 1 is"):
+            check_class_order(model, names[::-1], str(teacher))
+    else:
+        check_class_order(model, names[::-1], str(teacher))
+    config = yaml.safe_load((teacher / "config.yaml").read_text())
+    del config["DATASETS"]["TRAIN_CLASSES"]  # which earlier versions did not write
+    (teacher / "config.yaml").write_text(yaml.safe_dump(config))
+    check_class_order(model, names[::-1], str(teacher))
+
+
 def test_teacher_that_torchvision_has_trained_keeps_its_own_classes(tiny_data, monkeypatch):  # noqa: F811
     given = {}
 
@@ -330,10 +408,28 @@ def test_batches_are_a_function_of_seed_and_iteration_and_shared_out():
     assert [len(batch) for batch in whole] == [4] * 5 and len(
         BatchesByIteration(7, 4, 5, seed=3)
     ) == 5
-    assert sorted(sum(whole, [])[:7]) == list(range(7))
+    positions, indices = zip(*sum(whole, []), strict=True)
+    assert positions == tuple(range(20)) and sorted(indices[:7]) == list(range(7))
     assert list(BatchesByIteration(7, 4, 5, seed=3, start=2)) == whole[2:]
     halves = [list(BatchesByIteration(7, 4, 5, seed=3, rank=r, world_size=2)) for r in (0, 1)]
     assert [sorted(a + b) for a, b in zip(*halves, strict=True)] == [sorted(x) for x in whole]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_flips_are_a_function_of_seed_and_position(tiny_data, workers):  # noqa: F811
+    data = DetectionData(tiny_data / "train.json", tiny_data / "train", training=True)
+
+    def images(seed, start=0, **share):
+        batches = BatchesByIteration(len(data), 2, 12, seed=seed, start=start, **share)
+        return [image for batch, _ in train_loader(data, batches, workers) for image in batch]
+
+    whole = images(5)
+    assert any(torch.equal(one, other.flip(-1)) for one in whole for other in whole)
+    for part, same in (
+        (images(5, start=3), whole[6:]),
+        (images(5, rank=1, world_size=2), whole[1::2]),
+    ):
+        assert all(torch.equal(one, other) for one, other in zip(part, same, strict=True))
 
 
 def coco_file(folder, annotations):
