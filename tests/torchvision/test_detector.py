@@ -301,7 +301,7 @@ def test_auto_with_nothing_to_inherit_is_refused():
         (lambda: DistilledDetector(detector(), None, ["CKD"]), ["CKD", "no teacher"]),
         (lambda: distilled([Recorder()]), ["Recorder", "mask head"]),
         (lambda: distilled([], inherit=["roi_head."]), ["roi_head.", "no part of that name"]),
-        (lambda: distilled([], inherit=["roi_heads"]), ["roi_heads", "another shape", "fc6"]),
+        (lambda: distilled([], inherit=["roi_heads"]), ["roi_heads", "fc6", "(20, 784)"]),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_sentence(build, words):
