@@ -11,7 +11,6 @@ letters of an id are enough if no other id starts with them.
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 
