@@ -229,13 +229,20 @@ def load_run_config(path: str | os.PathLike) -> CfgNode:
 def merge_file(cfg: CfgNode, path: str) -> None:
     """``cfg.merge_from_file`` without Python tags, whose errors name file, key and near keys.
 
+    An integer is taken for a float.
+
     Raises:
         ConfigError: the file or a ``_BASE_`` of it is missing or unreadable, has an unknown key, a
             value of the wrong type, or a tag that can run code.
     """
     try:
-        _WithoutPythonTags.load_yaml_with_base(path)
+        given = flatten(_WithoutPythonTags.load_yaml_with_base(path))
+        floats = {key: _as_float(cfg, key, value) for key, value in given.items()}
+        floats = {key: value for key, value in floats.items() if value is not given[key]}
+        # In place of None Detectron2 takes a value of any type.
+        cfg.merge_from_list([x for key in floats for x in (key, None)])
         cfg.merge_from_file(path)
+        cfg.merge_from_list([x for key in floats for x in (key, None, key, floats[key])])
     except FileNotFoundError as error:
         known = config_dir() / os.path.basename(error.filename)
         raise ConfigError(
@@ -273,13 +280,26 @@ class _WithoutPythonTags(CfgNode):
 
 
 def merge_opts(cfg: CfgNode, opts: list, *, source: str) -> None:
-    """``cfg.merge_from_list`` whose errors name the key, where it was written and the near keys."""
+    """``cfg.merge_from_list`` whose errors name the key, where it was written and the near keys.
+
+    An integer is taken for a float.
+    """
     if len(opts) % 2:
         raise ConfigError(f"{source} gives {opts}: overrides come in pairs of KEY VALUE")
+    pairs = list(zip(opts[::2], opts[1::2], strict=True))
     try:
-        cfg.merge_from_list(opts)
+        cfg.merge_from_list([x for key, value in pairs for x in (key, _as_float(cfg, key, value))])
     except (KeyError, ValueError, AssertionError, TypeError) as error:
         raise _readable(cfg, error, source) from error
+
+
+def _as_float(cfg: CfgNode, key: str, value: object) -> object:
+    """An integer as a float where the config has one; any other value as it is."""
+    present = cfg
+    for part in key.split("."):
+        present = present.get(part) if isinstance(present, CfgNode) else None
+    integer = cfg._decode_cfg_value(value)
+    return float(integer) if type(integer) is int and isinstance(present, float) else value
 
 
 def _readable(cfg: CfgNode, error: Exception, source: str) -> ConfigError:

@@ -20,6 +20,8 @@ from kd_detectron.modeling import DistilledRCNN
 from kd_detectron.modeling.build import check_weights
 from kd_detectron.modeling.teacher_loading import teacher_config
 from kd_detectron.preflight.resume import check_same_run
+from kd_detectron.runs.files import flatten
+from kd_detectron.runs.groups import LATER_KEYS, NOT_THE_EXPERIMENT
 
 DEFAULTS = {
     "CKD": {"WEIGHT": 0.1, "TEMPERATURE": 1.0, "TRIPLE": "tss", "GROUP_SIZE": 0, "CHUNK_SIZE": 0},
@@ -110,6 +112,24 @@ def test_default_options_of_the_methods_do_not_change(name):
     cfg = get_cfg()
     add_kd_config(cfg)
     assert dict(cfg.KD[name.upper()]) == DEFAULTS[name]
+
+
+def test_tables_know_what_a_run_did_that_is_older_than_a_key():
+    stock, cfg = get_cfg(), get_cfg()
+    add_kd_config(cfg)
+    defaults, stock = flatten(cfg), flatten(stock)
+    assert {key: defaults[key] for key in LATER_KEYS} == LATER_KEYS
+    first = ("KD.ENABLED", "KD.DISTILLERS", "KD.SCHEDULE.", "DATASETS.COCO_FORMAT")
+    first += tuple(f"KD.TEACHER.{key}" for key in ("CONFIG_FILE", "WEIGHTS", "OPTS", "AMP"))
+    first += ("SOLVER.AMP.PRECISION", "SOLVER.ACCUMULATE_STEPS")
+    of_use = tuple(f"KD.{name.upper()}." for name, _ in DISTILLER_REGISTRY)
+    of_use += ("MODEL.MOBILENETV2.", "MODEL.TIMM.", "MODEL.TORCHVISION.")
+    new = {
+        key
+        for key in defaults.keys() - stock.keys() - NOT_THE_EXPERIMENT
+        if not key.startswith(first + of_use)
+    }
+    assert new == LATER_KEYS.keys(), "add the new key to LATER_KEYS of kd_detectron/runs/groups.py"
 
 
 @pytest.fixture
@@ -261,6 +281,30 @@ def test_mistakes_are_answered_with_the_key_and_the_near_names(name, opts, words
         get_config(name, opts)
     for word in words:
         assert word in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("value", [0, "0"])
+def test_integer_is_a_float_where_the_option_is_one(tmp_path, value):
+    keys = ["KD.HEADKD.WEIGHT", "KD.TEACHER.INHERIT_LR_FACTOR", "SOLVER.BASE_LR"]
+    (tmp_path / "base.yaml").write_text(
+        f"SOLVER: {{BASE_LR: {value!r}}}\nKD: {{HEADKD: {{WEIGHT: 3}}}}\n"
+    )
+    (tmp_path / "own.yaml").write_text(
+        f"_BASE_: base.yaml\nKD: {{TEACHER: {{INHERIT_LR_FACTOR: {value!r}}}}}\nVERSION: 2\n"
+    )
+    given = [x for key in keys for x in (key, value)]
+    for cfg in (
+        get_config("ckd_rcnn_r101_r18.yaml", ["KD.HEADKD.WEIGHT", 0.5, *given]),
+        get_config(str(tmp_path / "own.yaml"), ["KD.HEADKD.WEIGHT", value]),
+    ):
+        values = [flatten(cfg)[key] for key in keys]
+        assert values == [0, 0, 0] and all(type(x) is float for x in values)
+    assert get_config(str(tmp_path / "own.yaml")).KD.HEADKD.WEIGHT == 3.0
+    cfg = get_config("ckd_rcnn_r101_r18.yaml", ["KD.CKD.GROUP_SIZE", 4])
+    assert type(cfg.KD.CKD.GROUP_SIZE) is int
+    for wrong in (True, "True", [1]):
+        with pytest.raises(ConfigError, match="INHERIT_LR_FACTOR"):
+            get_config("ckd_rcnn_r101_r18.yaml", ["KD.TEACHER.INHERIT_LR_FACTOR", wrong])
 
 
 def test_error_with_no_near_name_does_not_list_hundreds():

@@ -8,6 +8,7 @@ pictures take their names from here.
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kd_detectron.distillers import DISTILLER_REGISTRY, option_defaults
 from kd_detectron.runs.files import flatten
 from kd_detectron.runs.run import Run, detector_name, distiller_names, has_teacher
 
@@ -15,19 +16,28 @@ TEACHER = "teacher"
 MISSING = "-"
 
 # What may differ between two runs of one experiment: it changes nothing that a row is about.
-_NOT_THE_EXPERIMENT = frozenset(
+NOT_THE_EXPERIMENT = frozenset(
     {
         "CUDNN_BENCHMARK",
+        "DATALOADER.MAX_CORRUPT_IMAGES",
         "DATALOADER.NUM_WORKERS",
         "MODEL.DEVICE",
         "OUTPUT_DIR",
         "SEED",
+        "SOLVER.CHECKPOINT_MAX_TO_KEEP",
         "SOLVER.CHECKPOINT_PERIOD",
         "TEST.EVAL_PERIOD",
         "VERSION",
         "VIS_PERIOD",
     }
 )
+# Keys that version 0.1.0 did not have, without those of distillers, and what it did by them.
+LATER_KEYS = {
+    "KD.TEACHER.INHERIT": [],
+    "KD.TEACHER.INHERIT_LR_FACTOR": 1.0,
+    "SOLVER.EMA.ENABLED": False,
+    "SOLVER.EMA.DECAY": 0.999,
+}
 _ARCHITECTURE = "MODEL.META_ARCHITECTURE"
 _SHARED_KD_NODES = frozenset({"TEACHER", "SCHEDULE"})
 # Nodes that a backbone's builder reads, and the part of its name that tells it.
@@ -51,7 +61,8 @@ def group_runs(runs: Sequence[Run]) -> list[list[Run]]:
 def experiment(config: Mapping) -> dict[str, str]:
     """Returns a config by dotted key, without what does not distinguish two experiments.
 
-    Without the seed too, and without the nodes of distillers and backbones that are not in use.
+    Without the seed too, and without the nodes of distillers and backbones that are not in use. A
+    key that the config lacks has its default.
     """
     config = dict(config)
     names = distiller_names(config)
@@ -71,9 +82,23 @@ def experiment(config: Mapping) -> dict[str, str]:
     builder = model.get("BACKBONE", {}).get("NAME", "")
     return {
         key: str(value)
-        for key, value in flatten(config).items()
-        if key not in _NOT_THE_EXPERIMENT and _is_read(key, builder)
+        for key, value in (_defaults(names) | flatten(config)).items()
+        if key not in NOT_THE_EXPERIMENT and _is_read(key, builder)
     }
+
+
+def _defaults(names: Sequence[str]) -> dict[str, object]:
+    """What a run with these distillers did by keys that its config may lack.
+
+    It may be older than a key, and a torchvision run's config has only the options that were given.
+    """
+    defaults = dict(LATER_KEYS)
+    for name in names:
+        if name in DISTILLER_REGISTRY:
+            cls = DISTILLER_REGISTRY.get(name)
+            options = {"weight": float(cls.default_weight)} | option_defaults(cls)
+            defaults |= {f"KD.{name}.{key}".upper(): value for key, value in options.items()}
+    return defaults
 
 
 def _is_read(key: str, builder: str) -> bool:

@@ -273,7 +273,7 @@ def _check_unchanged(run: StudyRun, config: dict, output: Path, where: str) -> N
     changed = [
         f"{key} {before[key]} (the file: {after[key]})"
         for key in sorted(before.keys() & after.keys())
-        if before[key] != after[key] and not key.startswith("SOLVER.CHECKPOINT_")
+        if before[key] != after[key]
     ]
     if changed:
         raise ConfigError(

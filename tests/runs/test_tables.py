@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kd_detectron.errors import ConfigError
 from kd_detectron.runs.paired import Estimate
@@ -90,6 +91,54 @@ def test_runs_that_differ_in_an_option_stay_apart_and_say_in_which(write_run):
         ("CKD (CKD.TRIPLE tss)", 2),
         ("CKD (CKD.TRIPLE sts)", 1),
     ]
+
+
+def load_without(folder, *keys):
+    """The run of a folder, whose config is from a version that did not have these keys."""
+    path = folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for key in keys:
+        *nodes, name = key.split(".")
+        node = config
+        for part in nodes:
+            node = node.get(part, {})
+        node.pop(name, None)
+    path.write_text(yaml.safe_dump(config))
+    return load_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "other"),
+    [
+        ("KD.MASKKD.FORM", "cross_entropy", "relative"),
+        ("KD.TEACHER.INHERIT_LR_FACTOR", 1.0, 0.1),
+        ("SOLVER.EMA.ENABLED", False, True),
+    ],
+)
+def test_key_that_an_older_run_does_not_have_counts_as_its_default(write_run, key, default, other):
+    taught = {"distillers": ["MaskKD"], "ap": [30.0]}
+    old = load_without(write_run("old", **taught), key)
+    new = load_run(write_run("new", **taught, seed=1, opts=[key, default]))
+    changed = load_run(write_run("changed", **taught, opts=[key, other]))
+    for runs in ([old, new, changed], [changed, new, old]):
+        assert sorted(row.runs for row in build_table(runs).rows) == [1, 2]
+    assert len(build_table([old, changed]).rows) == 2
+
+
+def test_run_of_a_distiller_that_is_not_known_is_shown(write_run):
+    runs = [load_run(write_run(f"own {x}", distillers=["Own"], ap=[30.0], seed=x)) for x in (1, 2)]
+    (row,) = build_table(runs).rows
+    assert (row.method, row.runs) == ("Own", 2)
+
+
+@pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "DATALOADER.MAX_CORRUPT_IMAGES"])
+def test_how_files_are_kept_and_read_is_no_part_of_an_experiment(write_run, key):
+    one = load_without(write_run("one", ap=[30.0]), key)
+    two = load_run(write_run("two", ap=[30.0], seed=1, opts=[key, 2]))
+    ckd = load_run(write_run("ckd", distillers=["CKD"], ap=[34.0], opts=[key, 3]))
+    table = build_table([one, two, ckd])
+    assert [(row.method, row.runs) for row in table.rows] == [("baseline", 2), ("CKD", 1)]
+    assert not any("differ" in note and key in note for note in table.notes)
 
 
 def test_long_config_values_do_not_stretch_the_table(write_run):
