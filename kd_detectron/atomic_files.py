@@ -23,7 +23,8 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
     """Opens ``path`` for writing ("wb" or "w") so that it appears complete or not at all.
 
     Raises:
-        CheckpointWriteError: it could not be written; the temporary file is gone.
+        CheckpointWriteError: it could not be written; the temporary file is gone. Other errors of
+            the block pass unchanged.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.partial")
@@ -37,8 +38,7 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
     except BaseException as error:
         with suppress(OSError):
             os.remove(temporary)
-        # torch.save reports a failed write as a RuntimeError of its zip writer.
-        if isinstance(error, (OSError, RuntimeError)):
+        if isinstance(error, OSError) or _is_of_zip_writer(error):
             reason = str(error).split("\n")[0]
             raise CheckpointWriteError(
                 f"{path} could not be written ({reason}): the unfinished file was removed and the"
@@ -46,6 +46,12 @@ def atomic_open(path: str, mode: str = "wb") -> Iterator[IO]:
                 " the run's folder to another disk, then continue with --resume"
             ) from error
         raise
+
+
+def _is_of_zip_writer(error: BaseException) -> bool:
+    """Whether torch.save could not write, a RuntimeError that its text alone tells from others."""
+    texts = ("inline_container", "PytorchStreamWriter", "unexpected pos")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def _sync_folder(folder: str) -> None:

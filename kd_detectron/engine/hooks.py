@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NoReturn
 
 import numpy as np
@@ -62,6 +62,40 @@ class TeacherGuard(HookBase):
     def after_train(self) -> None:
         self.check()
         logger.info("The teacher is unchanged (sha256 %s...)", self._fingerprint[:12])
+
+
+class LRScheduler(hooks.LRScheduler):
+    """Detectron2's, which logs the rate of the group with the most parameters.
+
+    Here of the group with the most that are not inherited, whose rate is that of the config. The
+    class keeps its name, under which checkpoints hold the state of schedulers.
+
+    Args:
+        inherited: parameters with ``KD.TEACHER.INHERIT_LR_FACTOR`` on their rate.
+    """
+
+    def __init__(self, inherited: Iterable[torch.nn.Parameter]):
+        super().__init__()
+        self._inherited = {id(parameter) for parameter in inherited}
+
+    def before_train(self) -> None:
+        super().before_train()
+        groups = self._optimizer.param_groups
+        own = [sum(id(p) not in self._inherited for p in group["params"]) for group in groups]
+        if self._inherited and any(own):
+            self._best_param_group_id = own.index(max(own))
+
+
+@contextlib.contextmanager
+def without_distillation(model) -> Iterator[None]:
+    """Within it a step distils nothing, and the distillers' BatchNorm statistics stay."""
+    factor, model.distillation_factor = model.distillation_factor, 0.0
+    model.distillers.eval()
+    try:
+        yield
+    finally:
+        model.distillation_factor = factor
+        model.distillers.train()
 
 
 class EvaluateTrained(hooks.EvalHook):

@@ -88,7 +88,8 @@ class LazyTrainer(DistillationTrainer):
 
     def export(self) -> None:
         path = os.path.join(self.cfg.OUTPUT_DIR, "student_final.pth")
-        state = torch.load(os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"))["model"]
+        checkpoint = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth")
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["model"]
         student = {name: x for name, x in state.items() if not name.startswith("distillers.")}
         with atomic_open(path) as file:
             torch.save({"model": student}, file)

@@ -45,10 +45,12 @@ from .hooks import (
     ExportStudent,
     KeepBest,
     KeepNewest,
+    LRScheduler,
     StepSeed,
     StopOnSignal,
     TeacherGuard,
     WriteResult,
+    without_distillation,
 )
 from .schedule import DistillationSchedule
 from .train_loop import DistillationTrainLoop
@@ -235,6 +237,11 @@ class DistillationTrainer(DefaultTrainer):
             ret.pop()
             writer = [hooks.PeriodicWriter(self.build_writers(), period=self.log_period)]
         ret.pop()
+        for place, hook in enumerate(ret):
+            if isinstance(hook, hooks.LRScheduler):
+                ret[place] = LRScheduler(inherited_parameters(model))
+            elif isinstance(hook, hooks.PreciseBN) and getattr(model, "distillers", None):
+                hook.update_stats = without_distillation(model)(hook.update_stats)
         ret.insert(0, self._step_seed)
         if cfg.SOLVER.EMA.ENABLED:
             if cfg.TEST.PRECISE_BN.ENABLED:
@@ -311,9 +318,8 @@ class DistillationTrainer(DefaultTrainer):
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
         """Detectron2's, with ``KD.TEACHER.INHERIT_LR_FACTOR`` on the inherited parts."""
         optimizer = super().build_optimizer(cfg, model)
-        names = getattr(model, "inherited", ())
-        inherited = [p for name, p in model.named_parameters() if name in names]
-        scale_learning_rate(optimizer, inherited, cfg.KD.TEACHER.INHERIT_LR_FACTOR)
+        factor = cfg.KD.TEACHER.INHERIT_LR_FACTOR
+        scale_learning_rate(optimizer, inherited_parameters(model), factor)
         return optimizer
 
     @classmethod
@@ -353,6 +359,12 @@ class DistillationTrainer(DefaultTrainer):
 def unwrap(model):
     """The model inside DistributedDataParallel, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def inherited_parameters(model) -> list[torch.nn.Parameter]:
+    """Parameters of a model that started from its teacher's."""
+    names = getattr(model, "inherited", ())
+    return [p for name, p in model.named_parameters() if name in names]
 
 
 def main_metric(cfg: CfgNode) -> str:

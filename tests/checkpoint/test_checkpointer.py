@@ -144,9 +144,27 @@ def test_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
         checkpointer.save("model_final")
 
 
-def test_error_of_the_program_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(KeyError), atomic_open(str(tmp_path / "file")):
-        raise KeyError("a bug")
+@pytest.mark.parametrize("error", [KeyError("a bug"), RuntimeError("CUDA error: out of memory")])
+def test_error_of_the_program_is_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as caught, atomic_open(str(tmp_path / "file")):
+        raise error
+    assert caught.value is error
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598",
+        "PytorchStreamWriter failed writing file data/0: file write failed",
+    ],
+)
+def test_error_of_torchs_zip_writer_is_a_failed_write(tmp_path, text):
+    with (
+        pytest.raises(CheckpointWriteError, match="free some disk space"),
+        atomic_open(str(tmp_path / "file")),
+    ):
+        raise RuntimeError(text)
     assert os.listdir(tmp_path) == []
 
 

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from detectron2.config import LazyConfig, instantiate
+from detectron2.config import CfgNode, LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import GeneralizedRCNN, build_model
 from tiny import distilled_cfg, write_tiny_teacher
@@ -17,6 +17,7 @@ from kd_detectron import get_config
 from kd_detectron.config import config_dir
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.engine.lazy import (
+    LazyTrainer,
     as_yaml,
     build,
     describe_model,
@@ -128,6 +129,25 @@ def test_trains_and_writes_the_student_alone(config):
     assert result["finished"] and result["iterations"] == 2 and result["results"] == {}
     assert result["distillers"] == ["CKD", "ReviewKD"]
     assert result["teacher_parameters"] > 0
+
+
+def test_export_of_a_run_on_a_gpu_is_for_any_machine(tmp_path, monkeypatch):
+    model = {"weight": torch.ones(2), "distillers.CKD.weight": torch.ones(2)}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        torch.save({"model": model}, tmp_path / "model_final.pth")
+    trainer = LazyTrainer.__new__(LazyTrainer)
+    trainer.cfg = CfgNode({"OUTPUT_DIR": str(tmp_path)})
+    trainer.export()
+    monkeypatch.setattr(torch.serialization, "default_restore_location", only_cpu)
+    state = torch.load(tmp_path / "student_final.pth", weights_only=True)
+    assert list(state["model"]) == ["weight"] and list(state) == ["model"]
+
+
+def only_cpu(storage, location):
+    """Restores a tensor that was written from the CPU."""
+    assert location == "cpu"
+    return storage
 
 
 def test_options_of_distributed_training_are_those_of_the_file(config, monkeypatch):

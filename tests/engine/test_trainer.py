@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import hooks
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from tiny import NUM_CLASSES, tiny_cfg
 from tiny_training import run_cfg, train
 
@@ -87,6 +89,36 @@ def test_learning_rate_and_weight_decay_can_be_changed_over_a_resume(tmp_path, d
     assert rates[5] == pytest.approx(before / 80)  # after the step at 5 of SOLVER.STEPS
     group = trainer.optimizer.param_groups[0]
     assert (group["weight_decay"], group["momentum"]) == (0.03, 0.5)
+
+
+def test_learning_rate_that_is_logged_is_not_that_of_the_inherited_parts(tmp_path, dataset):
+    same = ["MODEL.FPN.OUT_CHANNELS", 32, "MODEL.ROI_BOX_HEAD.FC_DIM", 48]
+    opts = ["KD.TEACHER.OPTS", same, "KD.TEACHER.INHERIT", ["auto"], "SOLVER.MAX_ITER", 1]
+    opts += ["KD.TEACHER.INHERIT_LR_FACTOR", 0.125, "SOLVER.WARMUP_ITERS", 0, "SOLVER.STEPS", ()]
+    cfg = run_cfg(tmp_path, dataset, "run", [*opts, "MODEL.BACKBONE.FREEZE_AT", 5])
+    trainer = train(cfg)
+    largest = max(trainer.optimizer.param_groups, key=lambda group: len(group["params"]))
+    assert largest["lr"] == cfg.SOLVER.BASE_LR / 8
+    assert [line["lr"] for line in records(cfg) if "lr" in line] == [cfg.SOLVER.BASE_LR]
+
+
+def test_precise_batch_norm_runs_no_teacher_and_leaves_the_distillers(tmp_path, dataset):
+    opts = ["TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2]
+    cfg = run_cfg(tmp_path, dataset, "run", [*opts, "MODEL.RESNETS.NORM", "BN"])
+    trainer = DistillationTrainer(cfg)
+    (precise,) = (hook for hook in trainer._hooks if isinstance(hook, hooks.PreciseBN))
+    model = trainer.model
+    teacher = model.teacher.model.backbone
+    running = teacher.register_forward_hook(lambda *_: pytest.fail("teacher ran"))
+    before = {name: x.clone() for name, x in model.named_buffers() if "running_" in name}
+    precise.update_stats()
+    changed = {name for name, x in model.named_buffers() if not torch.equal(x, before.get(name, x))}
+    ours = {name for name in before if name.startswith("distillers.")}
+    assert ours and changed == before.keys() - ours
+    running.remove()
+    assert model.distillers.training and model.distillation_factor == 1
+    with EventStorage():
+        assert model(next(iter(trainer.data_loader)))["loss_ckd"] > 0
 
 
 def test_only_the_newest_checkpoints_stay_if_a_number_is_given(tmp_path, dataset):
