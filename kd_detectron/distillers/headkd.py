@@ -30,7 +30,8 @@ class HeadKD(Distiller):
             raise ConfigError(
                 "KD.DISTILLERS names HeadKD, which compares box features as they are, but those "
                 f"of the student have {own} channels (MODEL.ROI_BOX_HEAD.FC_DIM or CONV_DIM) and "
-                f"the teacher's {others}; give both the same width, or use DCD, which adapts it"
+                f"the teacher's {others}; give both the same width (without fully connected layers "
+                "POOLER_RESOLUTION counts too), or use DCD, which adapts it"
             )
         return cls(**options)
 

@@ -31,11 +31,11 @@ class PCKD(MapDistiller):
         Args:
             strides: of the student's levels, fine to coarse.
             floor: a component with this share of the level's mean variance has half the weight,
-                those far below it hardly any; above 0.
+                those far below it hardly any; 1e-6 or more, as far as float32 is exact.
             max_stride: levels of at most this stride are compared: p2 to p5 at 32, p6 too at 64.
         """
         super().__init__(strides, max_stride)
-        self.floor = check_number("KD.PCKD.FLOOR", floor, above=0)
+        self.floor = check_number("KD.PCKD.FLOOR", floor, at_least=1e-6)
 
     def forward(self, context):
         return {"loss_pckd": self.compare(partial(pckd_loss, floor=self.floor), context)}

@@ -110,7 +110,7 @@ def test_headkd_is_its_loss_over_all_levels_with_pckds_weight(name, make_context
 
 
 def test_headkd_refuses_box_features_of_another_width():
-    with pytest.raises(ConfigError, match=r"HeadKD.*16 channels.*FC_DIM.*teacher's 32;.*DCD"):
+    with pytest.raises(ConfigError, match=r"HeadKD.*16 ch.*FC_DIM.*'s 32;.*POOLER_RESOLUTION.*DCD"):
         build_distiller("HeadKD", {}, spec(), spec(box_channels=32))
 
 
@@ -124,6 +124,7 @@ def test_headkd_refuses_box_features_of_another_width():
         ("MaskKD", {"FORM": "bce"}, "KD.MASKKD.FORM is 'bce'.*'cross_entropy' or 'relative'"),
         ("PKD", {"MAX_STRIDE": 4.5}, "KD.PKD.MAX_STRIDE is 4.5"),
         ("PCKD", {"FLOOR": 0}, "KD.PCKD.FLOOR is 0"),
+        ("PCKD", {"FLOOR": 1e-7}, "KD.PCKD.FLOOR is 1e-07; .* at least 1e-06"),
     ],
 )
 def test_impossible_options_are_refused_by_their_config_keys(name, options, words):
