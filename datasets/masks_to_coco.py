@@ -22,6 +22,8 @@ from kd_detectron.atomic_files import atomic_open
 from kd_detectron.commands import exit_code
 from kd_detectron.errors import ConfigError
 
+QUALITY = 93  # of the JPEG files
+
 
 def masks_to_coco(
     source: str | Path,
@@ -30,7 +32,6 @@ def masks_to_coco(
     ids: list[str] | None = None,
     name: str = "object",
     min_area: int = 1,
-    quality: int = 93,
 ) -> dict:
     """Writes the images as ``images/<id>.jpg`` and returns the COCO-format content.
 
@@ -40,7 +41,6 @@ def masks_to_coco(
         ids: names of folders of ``source``, or their unique first letters; by default all, sorted.
         name: the name of the one class.
         min_area: objects of fewer pixels are left out.
-        quality: of the JPEG files, 1 to 100.
 
     Raises:
         ConfigError: a folder or file is missing or unreadable, or a mask has another size than its
@@ -61,7 +61,7 @@ def masks_to_coco(
         image = _read(files[0], cv2.IMREAD_COLOR)
         height, width = image.shape[:2]
         file_name = f"{short}.jpg"
-        if not cv2.imwrite(str(images / file_name), image, [cv2.IMWRITE_JPEG_QUALITY, quality]):
+        if not cv2.imwrite(str(images / file_name), image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY]):
             raise ConfigError(f"'{images / file_name}' could not be written")
         entry = {"id": image_id, "file_name": file_name, "width": width, "height": height}
         content["images"].append(entry)
@@ -118,7 +118,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--min-area", type=int, default=1, help="objects of fewer pixels are left out"
     )
-    parser.add_argument("--quality", type=int, default=93, help="of the JPEG files, 1 to 100")
     options = parser.parse_args(arguments)
 
     def work() -> None:
@@ -134,7 +133,6 @@ def main(arguments: list[str] | None = None) -> int:
             ids=ids,
             name=options.name,
             min_area=options.min_area,
-            quality=options.quality,
         )
         with atomic_open(str(target), "w") as file:
             json.dump(content, file)

@@ -21,6 +21,7 @@ NOT_THE_EXPERIMENT = frozenset(
         "CUDNN_BENCHMARK",
         "DATALOADER.MAX_CORRUPT_IMAGES",
         "DATALOADER.NUM_WORKERS",
+        "DATASETS.TRAIN_CLASSES",
         "MODEL.DEVICE",
         "OUTPUT_DIR",
         "SEED",

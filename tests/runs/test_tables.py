@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from kd_detectron.errors import ConfigError
+from kd_detectron.runs.groups import experiment
 from kd_detectron.runs.paired import Estimate
 from kd_detectron.runs.run import load_run
 from kd_detectron.runs.tables import build_table, load_teacher
@@ -129,6 +130,17 @@ def test_run_of_a_distiller_that_is_not_known_is_shown(write_run):
     runs = [load_run(write_run(f"own {x}", distillers=["Own"], ap=[30.0], seed=x)) for x in (1, 2)]
     (row,) = build_table(runs).rows
     assert (row.method, row.runs) == ("Own", 2)
+
+
+def test_class_names_that_newer_torchvision_runs_hold_set_no_runs_apart(write_run):
+    config = load_run(write_run("run")).config
+
+    def with_data(data):
+        return experiment({**config, "DATASETS": data})
+
+    older = with_data({"TRAIN": ["train.json"]})
+    assert with_data({"TRAIN": ["train.json"], "TRAIN_CLASSES": ["disc", "star"]}) == older
+    assert with_data({"TRAIN": ["other.json"]}) != older
 
 
 @pytest.mark.parametrize("key", ["SOLVER.CHECKPOINT_MAX_TO_KEEP", "DATALOADER.MAX_CORRUPT_IMAGES"])
