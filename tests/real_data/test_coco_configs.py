@@ -1,10 +1,11 @@
 """The rows of the main job on real COCO images: each config trains two iterations and evaluates.
 
-Unmodified but for the number of iterations, image size, device and weights. The weights are random,
-with the last norm of each residual block at zero, so that a network with frozen BatchNorm and no
-pretrained weights does not overflow, and with a liking for one class, so that there are detections.
+Unmodified but for the number of iterations, image size, sampled proposals, device and weights. The
+weights are random, with the last norm of each residual block at zero, so that a network with frozen
+BatchNorm and no pretrained weights does not overflow, and with a liking for one class, so that
+there are detections.
 
-A row costs most of a minute on two cores: the combined rows run by default, which hold every
+A row costs up to half a minute: the combined rows run by default, which hold every
 student, teacher and detector; the others are marked slow.
 """
 
@@ -75,6 +76,7 @@ def test_config_trains_and_evaluates_on_real_images(name, tmp_path, coco):
         *("MODEL.DEVICE", "cpu"),
         *("SOLVER.MAX_ITER", 2),
         *("SOLVER.STEPS", ()),
+        *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64),
         *("INPUT.MIN_SIZE_TRAIN", (64,)),
         *("INPUT.MAX_SIZE_TRAIN", 128),
         *("INPUT.MIN_SIZE_TEST", 64),
