@@ -4,7 +4,10 @@ import importlib.util
 import io
 import multiprocessing
 import os
+import random
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +18,24 @@ def load_script(path: Path, name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on, below those that the system gives to sockets by itself."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
+
+
+def git_repository(folder: Path) -> None:
+    """Makes a repository of one commit, whatever the user's git is configured to do."""
+    own = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1"}
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    folder.mkdir()
+    for command in (["init", "-q"], [*identity, "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=folder, env=os.environ | own, check=True)
 
 
 def train(

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+from child_process import git_repository
 
 ROOT = Path(__file__).parents[1]
 COPIED = [
@@ -95,10 +96,7 @@ def project(tmp_path):
 @pytest.fixture
 def repository(tmp_path):
     """The URL of a git repository that answers."""
-    subprocess.run(["git", "init", "-q", str(tmp_path / "there")], check=True)
-    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    commit = ["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"]
-    subprocess.run(commit, cwd=tmp_path / "there", check=True)
+    git_repository(tmp_path / "there")
     return f"git+file://{tmp_path / 'there'}"
 
 

@@ -68,7 +68,7 @@ def test_detections_lie_in_images_of_any_size(built, detector):
     ]
     for output, (height, width) in zip(model(images), sizes, strict=True):
         found = output["instances"]
-        assert found.image_size == (2 * height, 2 * width)
+        assert found.image_size == (2 * height, 2 * width) and len(found) > 0
         boxes = found.pred_boxes.tensor
         assert boxes.isfinite().all() and (boxes >= 0).all()
         assert (boxes <= torch.tensor([width, height, width, height]) * 2).all()

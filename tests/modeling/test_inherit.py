@@ -81,11 +81,11 @@ def test_inheriting_without_distillers_leaves_the_plain_model_and_no_teacher(tmp
     plain = build_model(tiny_cfg(["MODEL.META_ARCHITECTURE", "GeneralizedRCNN"]))
     plain.load_state_dict(state)
     steps = []
-    for one in (plain, plain, model):  # a process's first convolutions may differ in the last bit
+    for one in (plain, model):
         torch.manual_seed(3)
         with EventStorage():
             steps.append({k: v.item() for k, v in one.train()(tiny_batch()).items()})
-    assert steps[1] == steps[2]
+    assert steps[0] == steps[1]
 
 
 def _noted(seen, loaded):

@@ -61,8 +61,8 @@ def test_no_distillers_is_the_plain_detector(tmp_path, detector):
     plain, distilled = build(plain_config(cfg, detector)), build(cfg)
     assert distilled.teacher is None
     batch = batch_for_all()
-    # A process's first convolutions may sum in another order than its later ones: seen between two
-    # plain models as well, in the last bit of RetinaNet's gradients.
+    # RetinaNet's focal loss is compiled by TorchScript, whose first call may differ from later ones
+    # in the last bit of the gradients.
     train_step(build(plain_config(cfg, detector)), batch)
     assert train_step(plain, batch) == train_step(distilled, batch)
     gradients = dict(plain.named_parameters())

@@ -74,6 +74,7 @@ def test_config_trains_and_evaluates_on_real_images(name, tmp_path, coco):
     output = tmp_path / "output"
     changes = [
         *("MODEL.DEVICE", "cpu"),
+        *("SEED", 1),
         *("SOLVER.MAX_ITER", 2),
         *("SOLVER.STEPS", ()),
         *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64),

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from child_process import git_repository
 from test_without_detectron2 import python_without_detectron2
 
 from kd_detectron.errors import NonFiniteLossError
@@ -71,10 +72,7 @@ def check_source(argument) -> int:
 
 @pytest.mark.parametrize("form", ["{}", "detectron2 @ {}", "requirements"])
 def test_git_source_that_answers_is_reachable_and_another_is_not_in_seconds(tmp_path, form):
-    subprocess.run(["git", "init", "-q", str(tmp_path / "there")], check=True)
-    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
-    commit = ["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"]
-    subprocess.run(commit, cwd=tmp_path / "there", check=True)
+    git_repository(tmp_path / "there")
     for name, expected in (("there", 0), ("gone", 1)):
         source = f"git+file://{tmp_path / name}@main"
         argument = form.format(source)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from child_process import load_script
-from lightning.fabric.plugins.environments.lightning import find_free_network_port
+from child_process import free_port, load_script
 from run_folders_torchvision import options, tiny_data  # noqa: F401
 from tiny_torchvision import detector
 
@@ -27,7 +26,7 @@ def test_two_processes_with_three_and_two_images_have_the_ap_of_all_five(tmp_pat
     monkeypatch.setattr(os, "cpu_count", os.cpu_count)  # The script changes it.
     expected = two_evaluations.evaluate(tmp_path, 1)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": str(find_free_network_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    environment |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(SCRIPT), str(tmp_path), str(rank), "2"],
