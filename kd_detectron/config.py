@@ -109,8 +109,8 @@ def _add_distiller_node(kd: CfgNode, name: str, cls: type[Distiller]) -> None:
     if key in kd:
         same = [other for other, _ in DISTILLER_REGISTRY if other != name and other.upper() == key]
         raise ConfigError(
-            f"the distiller '{name}' cannot have the config node KD.{key}, which is that of "
-            f"{same[0] if same else 'the project itself'}; rename the distiller"
+            f"the distiller '{name}' cannot be registered: the config node KD.{key} already "
+            f"belongs to {same[0] if same else 'the project itself'}; rename the distiller"
         )
     kd[key] = CN({"WEIGHT": float(cls.default_weight)})
     for option, default in option_defaults(cls).items():
@@ -246,8 +246,8 @@ def merge_file(cfg: CfgNode, path: str) -> None:
     except FileNotFoundError as error:
         known = config_dir() / os.path.basename(error.filename)
         raise ConfigError(
-            f"{path} or a file below it has the _BASE_ '{error.filename}', which does not exist; a "
-            "_BASE_ is a path, relative to the file that names it"
+            f"{path}, or a _BASE_ that it includes, names the _BASE_ '{error.filename}', which "
+            "does not exist; a _BASE_ is a path, relative to the file that names it"
             + (f": write '{known}'" if known.is_file() else "")
         ) from error
     except yaml.YAMLError as error:

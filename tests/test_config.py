@@ -236,8 +236,11 @@ def named(name, **options):
 @pytest.mark.parametrize(
     ("distiller", "said"),
     [
-        (named("ReviewKd"), "'ReviewKd' cannot have the config node KD.REVIEWKD.* of ReviewKD"),
-        (named("Teacher"), "'Teacher' cannot have the config node KD.TEACHER"),
+        (
+            named("ReviewKd"),
+            "'ReviewKd' cannot be registered: .* KD.REVIEWKD already belongs to ReviewKD",
+        ),
+        (named("Teacher"), "'Teacher' cannot be registered: .* KD.TEACHER"),
         (named("Own", weight=1.0), "option 'weight', but KD.OWN.WEIGHT is taken"),
         (named("Own", of={1}), r"the option 'of' of the distiller 'Own' has default \{1\}"),
         (named("Own", of=inspect.Parameter.empty), "'of' of the distiller 'Own' has no default"),

@@ -89,8 +89,8 @@ def check_coco_files(
     ids = [image["id"] for image in images] + [entry["image_id"] for entry in annotations]
     if len({isinstance(image_id, str) for image_id in ids}) > 1:
         raise ConfigError(
-            f"{title} has image ids that are numbers and others that are text; write all alike,"
-            " those of 'image_id' in the annotations too"
+            f"{title} mixes numbers and text as image ids; use one type for all of them, also in"
+            " 'image_id' of the annotations"
         )
     files = [os.path.join(image_dir, image["file_name"]) for image in images]
     check_on_disk(name_in_messages, files)
@@ -98,8 +98,8 @@ def check_coco_files(
     objects = [annotation for annotation in usable if not annotation.get("iscrowd", 0)]
     if for_training and not objects:
         raise ConfigError(
-            f"{title} has no usable annotation among {len(annotations)}: the others are crowds,"
-            " boxes without area or outside their image, or of unknown images; nothing can be"
+            f"{title} has no usable annotation among {len(annotations)}: all of them are crowds,"
+            " have no area, lie outside their image, or are of unknown images; nothing can be"
             " learned from it"
         )
     if not annotations:
@@ -139,9 +139,9 @@ def check_on_disk(title: str, file_names: Iterable[str]) -> None:
     absent = [name for name in file_names if _plain(name) not in present]
     missing = [absolute(name) for name in absent if os.path.dirname(name) not in unlisted]
     if missing:
-        which = "all" if len(missing) == len(file_names) else f"{len(missing)} of"
         raise ConfigError(
-            f"{title}: {which} {len(file_names)} images are not on disk ({datasets_root()}):"
+            f"{title}: {len(missing)} of {len(file_names)} images are not on disk"
+            f" ({datasets_root()}):"
             f" {some(map(repr, missing))}; put them there, correct the image folder, or remove"
             " them from the annotation file"
         )
@@ -236,10 +236,10 @@ def _check_image_sizes(
         swapped = all(sizes[i] == annotated[i][::-1] for i in wrong)
         raise ConfigError(
             f"{title}: {len(wrong)} of {len(files)} images cannot be read or are not of the"
-            f" annotated size, the first '{absolute(files[first])}': annotated are width and"
-            f" height {annotated[first]}, the file has {sizes[first] or 'no readable header'};"
-            f" {'exchange' if swapped else 'correct'} 'width' and 'height' in the annotation file,"
-            " or fetch the images again"
+            f" annotated size, the first '{absolute(files[first])}': the annotation file says"
+            f" (width, height) {annotated[first]}, the image has"
+            f" {sizes[first] or 'no readable header'}; {'swap' if swapped else 'correct'} 'width'"
+            " and 'height' in the annotation file, or fetch the images again"
         )
 
 

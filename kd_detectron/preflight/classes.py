@@ -64,11 +64,13 @@ def check_class_order(cfg: CfgNode, summaries: Mapping[str, DatasetSummary]) -> 
     inherited = [part for part in cfg.KD.TEACHER.INHERIT if _has_class_layers(part)]
     if comparing:
         reason = f"{comparing} compare their outputs class by class"
+        other_way = "feature distillers alone"
     elif inherited:
         reason = f"KD.TEACHER.INHERIT {inherited} copies the layers of each class"
+        other_way = "inherit other parts, such as proposal_generator and roi_heads.box_head"
     else:
         return
-    _compare_names(cfg, summaries, "DATASETS.TRAIN", f"but {reason}", "feature distillers alone")
+    _compare_names(cfg, summaries, "DATASETS.TRAIN", f"but {reason}", other_way)
 
 
 def check_teacher_to_evaluate(
@@ -80,7 +82,8 @@ def check_teacher_to_evaluate(
         if summaries[name].classes:
             check_number_of_classes(who, model, summaries[name].classes)
     if summaries and cfg.DATASETS.TEST:
-        _compare_names(cfg, summaries, "DATASETS.TEST", "so its AP would mean nothing", "its data")
+        way = "set DATASETS.TEST to the dataset that the teacher was trained for"
+        _compare_names(cfg, summaries, "DATASETS.TEST", "so its AP would mean nothing", way)
 
 
 def check_number_of_classes(who: str, model: nn.Module, class_names: Sequence[str]) -> None:
@@ -88,8 +91,9 @@ def check_number_of_classes(who: str, model: nn.Module, class_names: Sequence[st
     heads = getattr(model, "roi_heads", model)
     count = getattr(heads, "num_classes", len(class_names))
     if count != len(class_names):
+        key = "MODEL.ROI_HEADS" if hasattr(model, "roi_heads") else "MODEL.RETINANET"
         raise ConfigError(
-            f"{who} detects {count} classes (MODEL.ROI_HEADS.NUM_CLASSES) but the dataset has "
+            f"{who} detects {count} classes ({key}.NUM_CLASSES) but the dataset has "
             f"{count_classes(class_names)}; name the dataset that it was trained for"
         )
 

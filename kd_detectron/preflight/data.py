@@ -77,10 +77,11 @@ def _check_proposal_files(cfg: CfgNode, part: str) -> None:
     count, files = len(cfg.DATASETS[part]), cfg.DATASETS[f"PROPOSAL_FILES_{part}"]
     missing = [file for file in files if not exists(file)]
     if cfg.MODEL.LOAD_PROPOSALS and count and (missing or len(files) != count):
+        absent = f", of which {missing} do not exist" if missing else ""
         raise ConfigError(
             f"MODEL.LOAD_PROPOSALS is True and DATASETS.{part} names {count} datasets, but"
-            f" DATASETS.PROPOSAL_FILES_{part} names {len(files)} files, of which {missing} do not"
-            " exist; give one for each dataset, by its path from the working directory"
+            f" DATASETS.PROPOSAL_FILES_{part} names {len(files)} files{absent}; give one for each"
+            " dataset, by its path from the working directory"
         )
 
 

@@ -43,7 +43,8 @@ def evaluator_type(dataset_name: str) -> str:
     if kind not in EVALUATOR_TYPES:
         raise ConfigError(
             f"DATASETS.TEST names '{dataset_name}', whose evaluator type is '{kind}'; known are "
-            f"{', '.join(EVALUATOR_TYPES)}: override DistillationTrainer.build_evaluator for others"
+            f"{', '.join(EVALUATOR_TYPES)}; for another one write a training script with a "
+            "subclass of DistillationTrainer (docs/how_it_works.md)"
         )
     package, source = _EVALUATION_PACKAGES.get(kind, (None, None))
     if package is not None and importlib.util.find_spec(package) is None:

@@ -41,8 +41,10 @@ def check_class_order(
     inherited = sorted(name for name in model.inherited if name.startswith(_CLASS_LAYERS))
     if comparing:
         reason = f"distillers {comparing} compare their outputs class by class"
+        other_way = "feature distillers alone"
     elif inherited:
         reason = f"inherit copies layers of each class, such as {inherited[0]}"
+        other_way = "inherit other parts, such as rpn and roi_heads.box_head"
     else:
         return
     known = (files.read_config(teacher_run).get("DATASETS") or {}).get(TRAIN_CLASSES, ())
@@ -50,7 +52,7 @@ def check_class_order(
         if str(own).strip().lower() != str(other).strip().lower():
             raise ConfigError(
                 f"class {label} is '{own}' in train and '{other}' in teacher_run '{teacher_run}', "
-                f"but {reason}; use a teacher of the same classes in the same order, or feature "
-                f"distillers alone. If only the names differ, change DATASETS.{TRAIN_CLASSES} in "
+                f"but {reason}; use a teacher of the same classes in the same order, or "
+                f"{other_way}. If only the names differ, change DATASETS.{TRAIN_CLASSES} in "
                 f"{Path(teacher_run) / files.CONFIG}"
             )

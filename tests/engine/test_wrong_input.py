@@ -307,7 +307,7 @@ CASES = {
     "no categories": (data(lambda content: content["categories"].clear()), ["no categories"]),
     "no annotations": (data(lambda content: content["annotations"].clear()), ["no usable"]),
     "only crowds": (data(in_all("annotations", iscrowd=1)), ["no usable", "crowds"]),
-    "empty boxes": (data(in_all("annotations", bbox=[3, 3, 0, -1])), ["no usable", "without area"]),
+    "empty boxes": (data(in_all("annotations", bbox=[3, 3, 0, -1])), ["no usable", "have no area"]),
     "outside": (data(in_all("annotations", bbox=[900, 3, 5, 5])), ["no usable", "outside"]),
     "category ids": (data(in_all("annotations", category_id=77)), ["category ids 77"]),
     "class count": (
@@ -315,7 +315,7 @@ CASES = {
         [f"{CLASSES[1]} classes", "MODEL.ROI_HEADS.NUM_CLASSES is 9", f"to {CLASSES[1]}"],
     ),
     "class order": (other_order_in_the_test_set, ["DATASETS.TEST 'other_shapes'", "same order"]),
-    "images missing": (missing_images, ["all 3 images are not on disk", "/images/"]),
+    "images missing": (missing_images, ["3 of 3 images are not on disk", "/images/"]),
     "malformed": (data(in_all("annotations", bbox=[1, 2])), ["bbox [1, 2]", "width, height"]),
     "ids twice": (data(in_all("images", id=1)), ["several images have the same id"]),
     "masks": (

@@ -61,9 +61,11 @@ def test_layers_of_each_class_are_inherited_from_a_teacher_of_the_same_classes(c
     cfg = class_cfg(distillers=["ReviewKD"])
     for part in ("roi_heads", "roi_heads.box_predictor", "auto"):
         cfg.KD.TEACHER.INHERIT = [part]
-        with pytest.raises(ConfigError, match="KD.TEACHER.INHERIT.*copies the layers of each cla"):
+        with pytest.raises(ConfigError, match="INHERIT.*copies the layers of each cla") as error:
             check_class_order(cfg, summaries("cat", "cow", "dog"))
-    cfg.KD.TEACHER.INHERIT = ["proposal_generator"]
+        assert "such as proposal_generator and roi_heads.box_head" in str(error.value)
+    # What the message offers.
+    cfg.KD.TEACHER.INHERIT = ["proposal_generator", "roi_heads.box_head"]
     check_class_order(cfg, summaries("cat", "cow", "dog"))
 
 
@@ -76,6 +78,8 @@ def test_teacher_of_other_classes_is_not_evaluated(class_cfg):
         check_teacher_to_evaluate(cfg, summaries("cat", "cow", "dog"), teacher)
     with pytest.raises(ConfigError, match="KD.TEACHER.CONFIG_FILE.*detects 3 classes.*has 2 clas"):
         check_teacher_to_evaluate(cfg, summaries("cat", "cow"), teacher)
+    with pytest.raises(ConfigError, match=r"3 classes \(MODEL.RETINANET.NUM_CLASSES\)"):
+        check_teacher_to_evaluate(cfg, summaries("cat", "cow"), SimpleNamespace(num_classes=3))
 
 
 def test_override_that_the_message_offers_is_accepted(class_cfg):

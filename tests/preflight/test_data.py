@@ -301,13 +301,13 @@ def test_what_the_evaluation_reads_is_required_before_training(make_cfg, key, ma
         (lambda c: c["images"][1].update(id=1), "several images have the same id (1)"),
         (
             lambda c: c["images"][1].update(id="a"),
-            "image ids that are numbers and others that are text",
+            "mixes numbers and text as image ids",
         ),
         (lambda c: c["categories"][0].update(name=3), "name 3; it must be text"),
         (lambda c: c["categories"][0].update(name=" "), "name ' '; it must be text, not empty"),
         (lambda c: c["categories"][0].update(id="1"), "id '1'; it must be a whole number"),
         (lambda c: c["annotations"][1].update(id=1), "several annotations have the same id (1)"),
-        (lambda c: c["annotations"][1].update(image_id="2"), "those of 'image_id'"),
+        (lambda c: c["annotations"][1].update(image_id="2"), "also in 'image_id'"),
         (lambda c: c["annotations"][1].update(image_id=[2]), "image_id [2]; it must be"),
         (lambda c: c["annotations"][1].update(category_id="1"), "category_id '1'; it must be a"),
         (lambda c: c["annotations"][1].update(bbox=[1, 2, 3]), "(id 2) has the bbox [1, 2, 3]"),
@@ -384,7 +384,7 @@ def test_width_and_height_exchanged_in_the_annotations_are_refused(make_cfg, mak
     cfg.DATASETS.COCO_FORMAT.append(["wrong", wrong, image_dir])
     cfg.DATASETS[key] = ("wrong",)
     words = ("6 of 6 images ", "not of the annotated size", "0.png", "(24, 16)", "(16, 24)")
-    refused(cfg, f"DATASETS.{key} 'wrong'", *words, "exchange 'width' and 'height'")
+    refused(cfg, f"DATASETS.{key} 'wrong'", *words, "swap 'width' and 'height'")
     cfg.DATALOADER.MAX_CORRUPT_IMAGES = 6
     if key == "TEST":
         refused(cfg, *words)
@@ -412,7 +412,9 @@ def test_unreadable_image_of_the_test_set_is_refused_before_training(make_cfg, t
 def test_missing_proposal_file_is_refused(make_cfg, tmp_path):
     cfg = make_cfg()
     cfg.MODEL.LOAD_PROPOSALS = True
-    refused(cfg, "DATASETS.TRAIN names 1 datasets", "DATASETS.PROPOSAL_FILES_TRAIN names 0 files")
+    refused(
+        cfg, "DATASETS.TRAIN names 1 datasets", "DATASETS.PROPOSAL_FILES_TRAIN names 0 files; give"
+    )
     there = str(tmp_path / "proposals.pkl")
     Path(there).touch()
     cfg.DATASETS.PROPOSAL_FILES_TRAIN = (there,)
