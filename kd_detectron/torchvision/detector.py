@@ -32,6 +32,7 @@ from kd_detectron.distillers import (
 from kd_detectron.errors import ConfigError
 
 from .anatomy import Anatomy, read_anatomy
+from .autocast import boxes_in_float32
 from .conventions import (
     background_last,
     background_last_targets,
@@ -122,10 +123,13 @@ class DistilledDetector(nn.Module):
             In training the dict of losses, torchvision's own and those of the distillers, weighted;
             in eval mode the student's detections.
         """
-        if not self.training or not self.distillers:
+        if not self.training:
             return self.student(images, targets)
-        with StudentTaps(self.student, self._anatomy) as taps:
-            losses = self.student(images, targets)
+        with boxes_in_float32(self.student):
+            if not self.distillers:
+                return self.student(images, targets)
+            with StudentTaps(self.student, self._anatomy) as taps:
+                losses = self.student(images, targets)
         weights, factor = self.distillation_weights, self.distillation_factor
         context = self._context(taps)
         return losses | distillation_losses(self.distillers, weights, factor, context, losses)
@@ -151,7 +155,7 @@ class DistilledDetector(nn.Module):
             num_classes=num_classes,
             image_sizes=[tuple(size) for size in taps.images.image_sizes],
             gt_boxes=[target["boxes"] for target in taps.targets],
-            anchors=by_level(taps.anchors.float().split(counts)),
+            anchors=by_level(taps.anchors.split(counts)),
         )
         if anatomy.has_boxes and self._reads_rpn:
             student.objectness = by_level(rows_of_anchors(x, 1).flatten(1) for x in taps.objectness)

@@ -132,8 +132,7 @@ class TeacherRun:
         return self._teacher.running(self._taps.images.tensors.device)
 
     def _pooled(self, pool: nn.Module, boxes: list[torch.Tensor]) -> torch.Tensor:
-        # The boxes of a student under autocast may be half precision, the teacher's maps not.
-        return pool(self._maps, [b.float() for b in boxes], self._taps.images.image_sizes)
+        return pool(self._maps, boxes, self._taps.images.image_sizes)
 
     def _named(self, levels: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Values of all levels in the teacher's order to a dict of the shared levels."""

@@ -71,6 +71,33 @@ def test_feature_distillers_train_between_single_stage_and_two_stage_detectors()
     assert torch.isfinite(step(model)["loss_reviewkd"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "distillers"),
+    [("faster", ["CKD"]), ("faster", []), ("retinanet", ["PKD"]), ("fcos", ["PKD"])],
+)
+def test_boxes_stay_float32_under_autocast(kind, distillers):
+    """Bfloat16 would round those of 600 pixels to multiples of 4."""
+    size = {"min_size": 450, "max_size": 900}
+    student = detector(kind, **size)
+    model = DistilledDetector(student, detector(kind, **size), distillers).train()
+    images, targets = batch(sizes=((450, 900),), boxes_per_image=(4,))
+    anchors, proposals = [], []
+    rpn = getattr(student, "rpn", student)
+    rpn.anchor_generator.register_forward_hook(lambda m, args, output: anchors.append(output[0]))
+    if kind == "faster":
+        pool = student.roi_heads.box_roi_pool
+        pool.register_forward_pre_hook(lambda m, args: proposals.append(args[1][0]))
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            losses = step(model, (images, targets))
+        assert all(torch.isfinite(value) for value in losses.values())
+    assert torch.equal(*anchors)
+    for boxes in proposals:
+        # Torchvision adds the ground truth to the proposals.
+        distances = (boxes[:, None] - targets[0]["boxes"]).abs().amax(dim=2)
+        assert boxes.dtype == torch.float32 and distances.min(dim=0).values.max() < 1e-3
+
+
 def test_levels_are_matched_by_measured_stride_and_not_by_name():
     # MobileNetV3's levels "0" and "1" both have stride 32, the teacher's "0" has stride 4.
     student = fasterrcnn_mobilenet_v3_large_320_fpn(**UNTRAINED, min_size=64, max_size=128)
