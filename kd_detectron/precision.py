@@ -41,12 +41,31 @@ def slow_bfloat16(setting: str, fix: str) -> str | None:
     )
 
 
-def slow_precision(cfg) -> str | None:
-    """:func:`slow_bfloat16` for the ``SOLVER.AMP`` and ``MODEL.DEVICE`` of a Detectron2 config."""
-    on_cpu = cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()
-    if not (cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bf16" and on_cpu):
+def emulated_bfloat16(setting: str, fix: str) -> str | None:
+    """Says that this machine's GPU only emulates bfloat16; None where it does not.
+
+    Args:
+        setting, fix: as those of :func:`slow_bfloat16`.
+    """
+    if half_precision(torch.device("cuda")) is torch.bfloat16:
         return None
-    return slow_bfloat16("SOLVER.AMP.PRECISION is 'bf16'", "SOLVER.AMP.ENABLED False")
+    return (
+        f"{setting}, which this GPU ({torch.cuda.get_device_name()}, older than Ampere) emulates, "
+        f"slower than float32; set {fix}"
+    )
+
+
+def slow_precision(cfg) -> str | None:
+    """Says that the ``SOLVER.AMP`` of a Detectron2 config is slow on its ``MODEL.DEVICE``, or None.
+
+    See :func:`slow_bfloat16` and :func:`emulated_bfloat16`.
+    """
+    if not (cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "bf16"):
+        return None
+    setting = "SOLVER.AMP.PRECISION is 'bf16'"
+    if cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available():
+        return slow_bfloat16(setting, "SOLVER.AMP.ENABLED False")
+    return emulated_bfloat16(setting, "SOLVER.AMP.PRECISION fp16")
 
 
 @contextmanager

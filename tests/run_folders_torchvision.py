@@ -36,5 +36,7 @@ def options(data, output, **more) -> TrainingOptions:
         "checkpoint_period": 2,
         "log_period": 2,
         "workers": 0,
+        "accelerator": "cpu",
+        "devices": "1",
     }
     return TrainingOptions(**values | more)

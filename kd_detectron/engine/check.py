@@ -44,7 +44,9 @@ def check(cfg: CfgNode) -> None:
     say("losses   " + ", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
     memory = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB of memory"
     if cfg.MODEL.DEVICE.startswith("cuda"):
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
+        memory = (
+            f"{torch.cuda.max_memory_allocated(cfg.MODEL.DEVICE) / 2**30:.2f} GiB of GPU memory"
+        )
     images = cfg.SOLVER.IMS_PER_BATCH * cfg.SOLVER.ACCUMULATE_STEPS
     say(f"step     {seconds:.2f} s for {images} images, {memory}")
     say("ok       this config is ready to train")

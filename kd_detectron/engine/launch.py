@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from detectron2.engine import launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException
 
@@ -29,6 +30,7 @@ def start(args, run: Callable) -> int:
         if "LOCAL_WORLD_SIZE" in os.environ:
             join_torchrun()
             run_process(args, run)
+            torch.distributed.destroy_process_group()
         else:
             several = args.num_gpus * args.num_machines > 1
             with signals_for_children() if several else contextlib.nullcontext():
@@ -101,5 +103,7 @@ def join_torchrun() -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    # Ten minutes, NCCL's own, are short for what the main process does alone, such as COCO AP.
+    torch.distributed.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -81,7 +81,7 @@ class DistillationTrainLoop(SimpleTrainer):
     def run_step(self) -> None:
         assert self.model.training, "the model was changed to eval mode during training"
         self.optimizer.zero_grad()
-        totals: dict[str, torch.Tensor] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
         data_time = 0.0
         for index in range(self.accumulate_steps):
             start = time.perf_counter()
@@ -92,11 +92,10 @@ class DistillationTrainLoop(SimpleTrainer):
                 losses = self._forward(batch)
                 loss = sum(losses.values()) / self.accumulate_steps
                 self.grad_scaler.scale(loss).backward()
-            for name, value in losses.items():
-                totals[name] = totals[name] + value.detach() / self.accumulate_steps
-            self._refuse_non_finite(losses, batch)
+            for name, value in self._finite_values(losses, batch).items():
+                totals[name] += value / self.accumulate_steps
         self.after_backward()
-        self._write_metrics(totals, data_time)
+        self._write_metrics({name: torch.tensor(x) for name, x in totals.items()}, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
@@ -115,13 +114,16 @@ class DistillationTrainLoop(SimpleTrainer):
             return self.model.no_sync()
         return contextlib.nullcontext()
 
-    def _refuse_non_finite(self, losses: dict[str, torch.Tensor], batch: list[dict]) -> None:
-        values = torch.stack([value.detach().float() for value in losses.values()]).tolist()
-        bad = [name for name, value in zip(losses, values, strict=True) if not math.isfinite(value)]
+    def _finite_values(
+        self, losses: dict[str, torch.Tensor], batch: list[dict]
+    ) -> dict[str, float]:
+        """The losses as numbers, read from the device at once; refuses NaN and infinity."""
+        read = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+        values = dict(zip(losses, read, strict=True))
+        bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
         if bad:
-            raise self._not_finite(
-                ", ".join(f"{name}={losses[name].item()}" for name in bad), batch
-            )
+            raise self._not_finite(", ".join(bad), batch)
+        return values
 
     def _not_finite(self, what: str, batch: list[dict]) -> NonFiniteLossError:
         files = ", ".join(str(x.get("file_name", "unnamed image")) for x in batch)

@@ -255,11 +255,13 @@ class DistillationTrainer(DefaultTrainer):
 
         def evaluate() -> dict:
             with self.checkpointer.saved_weights(), stop.at_once():
+                take_buffers_of_main_process(model)
                 self._last_eval_results = self.test(cfg, self.model)
             return self._last_eval_results
 
         def evaluate_with_augmentation() -> dict:
             with self.checkpointer.saved_weights(), stop.at_once():
+                take_buffers_of_main_process(model)
                 results = self.test_with_augmentation(cfg, self.model)
             self._last_eval_results = {**self._last_eval_results, **results}
             return results
@@ -408,3 +410,13 @@ def run_facts(model, seed: int) -> dict:
         "seed": seed,
         "torch": torch.__version__,
     }
+
+
+def take_buffers_of_main_process(model: torch.nn.Module) -> None:
+    """Has all processes evaluate what is saved: the main process's BatchNorm statistics.
+
+    Each process has estimated them on its own images. To be called by all processes.
+    """
+    if comm.get_world_size() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)

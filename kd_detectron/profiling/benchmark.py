@@ -145,11 +145,11 @@ def peak_memory(cfg: CfgNode, batch: list[dict]) -> dict[str, int]:
     peaks = {}
     for name in (STUDENT, DISTILLED):
         step = Step(cfg, batch, distilled=name == DISTILLED)
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(cfg.MODEL.DEVICE)
         # The second step meets the first one's gradients.
         step()
         step()
-        peaks[name] = torch.cuda.max_memory_allocated()
+        peaks[name] = torch.cuda.max_memory_allocated(cfg.MODEL.DEVICE)
         del step
         free_memory()
     return peaks

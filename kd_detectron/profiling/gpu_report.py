@@ -24,6 +24,7 @@ from kd_detectron.config import get_config
 from kd_detectron.data.synthetic import SYNTHETIC_CLASSES, make_synthetic
 from kd_detectron.distillers import DISTILLER_REGISTRY
 from kd_detectron.errors import ConfigError, did_you_mean
+from kd_detectron.modeling.autocast import prepare_for_autocast
 from kd_detectron.modeling.frozen_teacher import FrozenTeacherStep
 from kd_detectron.precision import PRECISIONS, half_precision
 from kd_detectron.profiling.benchmark import (
@@ -95,6 +96,7 @@ def method_checks(
             try:
                 cfg = get_config(config, opts)
                 model = build_model(cfg).train()
+                prepare_for_autocast(model)  # as the trainer does
             except Exception as error:  # Reported, and the next distiller is tried.
                 yield {"check": f"{detector}, {name}", "result": _reason(error)}
                 continue
@@ -313,7 +315,7 @@ def measure_configs(
                 cfg = mixed_precision_config(config, device=device, small=small)
                 shape = {"images": count, "size": size, "repeats": repeats}
                 yield row | {"report": run_benchmark(cfg, name=row["name"], **shape)}
-            except (ConfigError, RuntimeError) as error:  # Out of memory is a RuntimeError.
+            except Exception as error:  # Reported, and the next one is tried.
                 yield row | {"failed": _reason(error)}
             free_memory()
 

@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -150,7 +151,7 @@ def time_parts(
     on the machine do not lengthen.
     """
     on_cuda = device.startswith("cuda")
-    wait = torch.cuda.synchronize if on_cuda else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if on_cuda else lambda: None
     now = time.perf_counter if on_cuda else time.process_time
     seconds = {name: [] for name in parts}
     for number in range(repeats + 1):
@@ -184,7 +185,7 @@ def machine(device: str) -> dict:
     """Hardware and versions."""
     processor = f"{platform.processor() or platform.machine()} CPU"
     return {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else processor,
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

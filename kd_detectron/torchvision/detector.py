@@ -101,7 +101,7 @@ class DistilledDetector(nn.Module):
         self.teacher = FrozenTeacher(teacher, amp=teacher_amp) if options else None
         self._levels = self._shared_levels() if options else []
         # Building layers draws random numbers: the student's training shall not depend on them.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             built = {name: self._build(name, entry) for name, entry in options.items()}
         self.distillers = nn.ModuleDict(built).to(next(student.parameters()).device)
         self.distillation_weights = {

@@ -20,7 +20,7 @@ import lightning
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torchmetrics.detection import MeanAveragePrecision
@@ -28,7 +28,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from kd_detectron.atomic_files import atomic_open, remove_unfinished_files
 from kd_detectron.errors import ConfigError, NonFiniteLossError
 from kd_detectron.learning_rate import scale_learning_rate
-from kd_detectron.precision import slow_bfloat16
+from kd_detectron.precision import emulated_bfloat16, slow_bfloat16
 from kd_detectron.runs import files
 from kd_detectron.runs.same_run import compare_with_run, config_of_run
 
@@ -156,16 +156,18 @@ class DetectionModule(lightning.LightningModule):
     def training_step(self, batch, batch_idx):
         losses = self.model(*batch)
         total = sum(losses.values())
-        if not torch.isfinite(total):
-            wrong = [name for name, value in losses.items() if not torch.isfinite(value)]
+        # Read from the device at once.
+        read = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+        values = dict(zip(losses, read, strict=True))
+        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        if wrong:
             raise NonFiniteLossError(
                 f"{', '.join(wrong)} is not finite at iteration {self.global_step}; lower "
                 "learning_rate or the distillers' weights, or set clip_gradients; the last "
                 f"checkpoint in {self.options.output} is intact"
             )
-        self.losses = {_LOSS_NAMES.get(name, name): value for name, value in losses.items()}
-        self.losses = {k: float(v.detach()) for k, v in self.losses.items()}
-        self.log("loss", total.detach(), prog_bar=True, logger=False)
+        self.losses = {_LOSS_NAMES.get(name, name): value for name, value in values.items()}
+        self.log("loss", sum(read), prog_bar=True, logger=False)
         return total
 
     def validation_step(self, batch, batch_idx):
@@ -332,15 +334,24 @@ def build_trainer(options: TrainingOptions, callbacks: list[Callback]) -> lightn
                 f"devices is {devices}, one process each, on a CPU of {cores} cores; give at most "
                 "these"
             )
-        warning = slow_bfloat16(f"precision is '{options.precision}'", "precision 32-true")
-        if warning and options.precision.startswith("bf16"):
-            logger.warning(warning)
+    if warning := _slow_precision(options.precision, trainer):
+        logger.warning(warning)
     if options.batch_size % trainer.world_size:
         raise ConfigError(
             f"batch_size is {options.batch_size} for {trainer.world_size} processes; give a "
             "multiple of them"
         )
     return trainer
+
+
+def _slow_precision(precision: str, trainer: lightning.Trainer) -> str | None:
+    """Says that bfloat16 is slow on the devices, where it is asked for."""
+    setting = f"precision is '{precision}'"
+    if precision.startswith("bf16") and isinstance(trainer.accelerator, CPUAccelerator):
+        return slow_bfloat16(setting, "precision 32-true")
+    if precision.startswith("bf16") and isinstance(trainer.accelerator, CUDAAccelerator):
+        return emulated_bfloat16(setting, "precision 16-mixed")
+    return None
 
 
 def _load_data(options: TrainingOptions) -> tuple[DetectionData, DetectionData]:
@@ -397,7 +408,7 @@ def build_model(options: TrainingOptions, num_classes: int) -> DistilledDetector
     )
     teacher = None
     if options.distillers or options.inherit:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             teacher = build_teacher(options, num_classes)
     return DistilledDetector(student, teacher, options.distillers, inherit=options.inherit)
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from kd_detectron.engine.train_loop import DistillationTrainLoop
 from kd_detectron.errors import ConfigError
-from kd_detectron.precision import half_precision
+from kd_detectron.precision import half_precision, slow_precision
 
 BFLOAT16 = ["SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bf16"]
 
@@ -124,6 +124,21 @@ def test_teacher_on_a_gpu_that_emulates_bfloat16_runs_in_float16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     assert half_precision(torch.device("cuda")) is torch.float16
     assert half_precision(torch.device("cpu")) is torch.bfloat16
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_bfloat16_on_a_gpu_that_emulates_it_is_warned_of(tmp_path, monkeypatch, emulated):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not emulated)
+    cfg = distilled_cfg(tmp_path, opts=[*BFLOAT16, "MODEL.DEVICE", "cuda"])
+    warning = (
+        "SOLVER.AMP.PRECISION is 'bf16', which this GPU (Tesla T4, older than Ampere) emulates, "
+        "slower than float32; set SOLVER.AMP.PRECISION fp16"
+    )
+    assert slow_precision(cfg) == (warning if emulated else None)
+    cfg.SOLVER.AMP.PRECISION = "fp16"
+    assert slow_precision(cfg) is None
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,24 @@ def arguments(cfg, tmp_path):
     return ["--config-file", str(path)]
 
 
+KEEP_EVALUATED_BUFFERS = """
+import torch
+from detectron2.utils import comm
+from kd_detectron.engine import DistillationTrainer
+
+test = DistillationTrainer.test.__func__
+
+@classmethod
+def keep_buffers_and_test(cls, cfg, model, evaluators=None):
+    state = getattr(model, "module", model).state_dict()
+    kept = {name: x for name, x in state.items() if "running" in name}
+    torch.save(kept, f"{cfg.OUTPUT_DIR}/evaluated_by_{comm.get_rank()}.pth")
+    return test(cls, cfg, model, evaluators)
+
+DistillationTrainer.test = keep_buffers_and_test
+"""
+
+
 @pytest.mark.parametrize(
     "starter", ["detectron2", pytest.param("torchrun", marks=pytest.mark.slow)]
 )
@@ -270,14 +288,23 @@ def test_two_processes_train_a_distilled_step(tmp_path, dataset, starter):
     """DistributedDataParallel waits for every parameter: one left out would be an error."""
     opts = ["SOLVER.MAX_ITER", 2, "KD.DISTILLERS", ["CKD", "ReviewKD", "DKD", "FitNet"]]
     cfg = run_cfg(tmp_path, dataset, "two", opts)
+    kept = tmp_path / "keep_evaluated_buffers.py"
+    kept.write_text(KEEP_EVALUATED_BUFFERS)
+    command_line = ["--import", str(kept), *arguments(cfg, tmp_path)]
     if starter == "detectron2":
-        assert main(["--num-gpus", "2", "--dist-url", "auto", *arguments(cfg, tmp_path)]) == 0
+        assert main(["--num-gpus", "2", "--dist-url", "auto", *command_line]) == 0
     else:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, "--nproc_per_node=2", TRAIN_NET, *arguments(cfg, tmp_path)]
+        command = [*torchrun, "--nproc_per_node=2", TRAIN_NET, *command_line]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "result.json").read_text())["finished"]
+    # Both have evaluated the BatchNorm statistics that are saved, each trained on its own images.
+    saved = torch.load(tmp_path / "two" / "model_final.pth")["model"]
+    for rank in range(2):
+        evaluated = torch.load(tmp_path / "two" / f"evaluated_by_{rank}.pth")
+        assert any(name.endswith("running_mean") for name in evaluated)
+        assert all(torch.equal(saved[name], buffer) for name, buffer in evaluated.items())
 
 
 def test_command_line_checks_evaluates_and_refuses(tmp_path, dataset, capfd):
