@@ -11,6 +11,7 @@ import hashlib
 import logging
 import math
 import os
+import signal
 import warnings
 from bisect import bisect_right
 from pathlib import Path
@@ -276,6 +277,11 @@ def train(options: TrainingOptions, *, resume: bool = True) -> dict[str, dict[st
                 trainer.validate(module, verbose=False)
         except SystemExit as error:  # What Lightning makes of a KeyboardInterrupt.
             raise KeyboardInterrupt from error
+        except Exception:
+            # The processes that this one started would wait for it: on GPUs for half an hour.
+            if trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signal.SIGKILL)
+            raise
     run_folder.write_result(trainer, module)
     return module.results
 

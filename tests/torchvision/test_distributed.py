@@ -1,12 +1,17 @@
 """Under DistributedDataParallel the gradients of two processes are averaged, the teacher is not."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from child_process import load_script
+from run_folders_torchvision import tiny_data  # noqa: F401  a fixture
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 
@@ -35,3 +40,22 @@ def test_two_processes_have_the_average_of_their_gradients_and_a_teacher_each(tm
         for result in results:
             error = (result["gradients"][name] - expected).norm()
             assert error <= 1e-4 * expected.norm(), name
+
+
+def test_failure_of_the_first_process_ends_the_others(tiny_data, tmp_path):  # noqa: F811
+    script = Path(__file__).with_name("two_failing.py")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-W", "ignore", str(script), str(tmp_path), str(tiny_data)]
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        assert first.wait(timeout=240) == 1
+        assert "loss_cls is not finite" in (tmp_path / "log").read_text()
+        with pytest.raises(ProcessLookupError):
+            for _ in range(100):
+                os.kill(int((tmp_path / "pid").read_text()), 0)
+                time.sleep(0.1)
+    finally:
+        first.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)

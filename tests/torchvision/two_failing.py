@@ -1,0 +1,37 @@
+"""Two processes, as Lightning starts them, of which the first fails and the other waits.
+
+Run by ``test_distributed.py`` as ``two_failing.py FOLDER DATA``. FOLDER/pid names the one that
+waits.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from run_folders_torchvision import options
+
+from kd_detectron.errors import NonFiniteLossError
+from kd_detectron.torchvision.training import DetectionModule, train
+
+
+def wait_or_fail(module, batch, batch_idx):
+    pid = Path(sys.argv[1]) / "pid"
+    if module.global_rank == 1:
+        pid.write_text(str(os.getpid()))
+        time.sleep(600)  # On a GPU it would wait in an exchange of gradients.
+    while not pid.is_file():
+        time.sleep(0.1)
+    raise NonFiniteLossError("loss_cls is not finite")
+
+
+def main(folder, data):
+    os.cpu_count = lambda: 2  # As many processes are allowed.
+    DetectionModule.training_step = wait_or_fail
+    train(options(Path(data), Path(folder) / "run", devices="2"))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
