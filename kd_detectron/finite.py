@@ -1,5 +1,6 @@
-"""Weights that are not finite, in checkpoints that are written or loaded."""
+"""Losses and weights that are not finite."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,3 +12,10 @@ def non_finite_key(state: Mapping[str, torch.Tensor]) -> str | None:
         if value.is_floating_point() and not torch.isfinite(value).all():
             return key
     return None
+
+
+def read_losses(losses: Mapping[str, torch.Tensor]) -> tuple[dict[str, float], list[str]]:
+    """Scalar losses as numbers, read from the device at once, and the names of those not finite."""
+    read = torch.stack([value.detach().float() for value in losses.values()]).tolist()
+    values = dict(zip(losses, read, strict=True))
+    return values, [name for name, value in values.items() if not math.isfinite(value)]

@@ -11,7 +11,6 @@ iteration and the images named, and the last checkpoint intact.
 
 import contextlib
 import logging
-import math
 import time
 from collections import defaultdict
 
@@ -22,6 +21,7 @@ from detectron2.utils import comm
 from torch.nn.parallel import DistributedDataParallel
 
 from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.finite import read_losses
 from kd_detectron.precision import PRECISIONS, slow_precision
 
 logger = logging.getLogger(__name__)
@@ -117,12 +117,10 @@ class DistillationTrainLoop(SimpleTrainer):
     def _finite_values(
         self, losses: dict[str, torch.Tensor], batch: list[dict]
     ) -> dict[str, float]:
-        """The losses as numbers, read from the device at once; refuses NaN and infinity."""
-        read = torch.stack([value.detach().float() for value in losses.values()]).tolist()
-        values = dict(zip(losses, read, strict=True))
-        bad = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
-        if bad:
-            raise self._not_finite(", ".join(bad), batch)
+        """The losses as numbers; refuses NaN and infinity."""
+        values, wrong = read_losses(losses)
+        if wrong:
+            raise self._not_finite(", ".join(f"{name}={values[name]}" for name in wrong), batch)
         return values
 
     def _not_finite(self, what: str, batch: list[dict]) -> NonFiniteLossError:

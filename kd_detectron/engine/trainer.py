@@ -7,10 +7,11 @@ accumulation and bfloat16. The training step itself is ``DistilledRCNN.forward``
 ``train_loop.py``.
 """
 
+import contextlib
 import logging
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from detectron2.config import CfgNode
@@ -253,15 +254,19 @@ class DistillationTrainer(DefaultTrainer):
             self.checkpointer.saved_weights = average.applied
             ret.insert(1, average)
 
-        def evaluate() -> dict:
+        @contextlib.contextmanager
+        def evaluating() -> Iterator[None]:
             with self.checkpointer.saved_weights(), stop.at_once():
                 take_buffers_of_main_process(model)
+                yield
+
+        def evaluate() -> dict:
+            with evaluating():
                 self._last_eval_results = self.test(cfg, self.model)
             return self._last_eval_results
 
         def evaluate_with_augmentation() -> dict:
-            with self.checkpointer.saved_weights(), stop.at_once():
-                take_buffers_of_main_process(model)
+            with evaluating():
                 results = self.test_with_augmentation(cfg, self.model)
             self._last_eval_results = {**self._last_eval_results, **results}
             return results

@@ -28,6 +28,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from kd_detectron.atomic_files import atomic_open, remove_unfinished_files
 from kd_detectron.errors import ConfigError, NonFiniteLossError
+from kd_detectron.finite import read_losses
 from kd_detectron.learning_rate import scale_learning_rate
 from kd_detectron.precision import emulated_bfloat16, slow_bfloat16
 from kd_detectron.runs import files
@@ -157,10 +158,7 @@ class DetectionModule(lightning.LightningModule):
     def training_step(self, batch, batch_idx):
         losses = self.model(*batch)
         total = sum(losses.values())
-        # Read from the device at once.
-        read = torch.stack([value.detach().float() for value in losses.values()]).tolist()
-        values = dict(zip(losses, read, strict=True))
-        wrong = [name for name, value in values.items() if not math.isfinite(value)]
+        values, wrong = read_losses(losses)
         if wrong:
             raise NonFiniteLossError(
                 f"{', '.join(wrong)} is not finite at iteration {self.global_step}; lower "
@@ -168,7 +166,7 @@ class DetectionModule(lightning.LightningModule):
                 f"checkpoint in {self.options.output} is intact"
             )
         self.losses = {_LOSS_NAMES.get(name, name): value for name, value in values.items()}
-        self.log("loss", sum(read), prog_bar=True, logger=False)
+        self.log("loss", sum(values.values()), prog_bar=True, logger=False)
         return total
 
     def validation_step(self, batch, batch_idx):

@@ -1,14 +1,11 @@
 """Under DistributedDataParallel the gradients of two processes are averaged, the teacher is not."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from child_process import load_script
 from run_folders_torchvision import tiny_data  # noqa: F401  a fixture
@@ -50,12 +47,9 @@ def test_failure_of_the_first_process_ends_the_others(tiny_data, tmp_path):  # n
         first = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         assert first.wait(timeout=240) == 1
-        assert "loss_cls is not finite" in (tmp_path / "log").read_text()
-        with pytest.raises(ProcessLookupError):
-            for _ in range(100):
-                os.kill(int((tmp_path / "pid").read_text()), 0)
-                time.sleep(0.1)
     finally:
         first.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert "loss_cls is not finite" in (tmp_path / "log").read_text()
+    # The other one touches the file ten times per second for a minute, if it is left alive.
+    time.sleep(3)
+    assert time.time() - (tmp_path / "waiting").stat().st_mtime > 2

@@ -1,7 +1,7 @@
 """Two processes, as Lightning starts them, of which the first fails and the other waits.
 
-Run by ``test_distributed.py`` as ``two_failing.py FOLDER DATA``. FOLDER/pid names the one that
-waits.
+Run by ``test_distributed.py`` as ``two_failing.py FOLDER DATA``. While the other waits,
+it writes FOLDER/waiting.
 """
 
 import os
@@ -18,11 +18,12 @@ from kd_detectron.torchvision.training import DetectionModule, train
 
 
 def wait_or_fail(module, batch, batch_idx):
-    pid = Path(sys.argv[1]) / "pid"
+    waiting = Path(sys.argv[1]) / "waiting"
     if module.global_rank == 1:
-        pid.write_text(str(os.getpid()))
-        time.sleep(600)  # On a GPU it would wait in an exchange of gradients.
-    while not pid.is_file():
+        for _ in range(600):  # On a GPU it would wait in an exchange of gradients.
+            waiting.touch()
+            time.sleep(0.1)
+    while not waiting.is_file():
         time.sleep(0.1)
     raise NonFiniteLossError("loss_cls is not finite")
 
