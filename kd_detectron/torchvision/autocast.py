@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from .anatomy import anchor_generator_of
 
@@ -23,7 +24,7 @@ def boxes_in_float32(model: nn.Module) -> Iterator[None]:
     head = model.rpn.head if hasattr(model, "rpn") else model.head
     hooks = [
         anchor_generator_of(model).register_forward_pre_hook(_shapes_in_float32),
-        head.register_forward_hook(lambda module, args, output: _in_float32(output)),
+        head.register_forward_hook(_output_in_float32),
     ]
     try:
         yield
@@ -38,9 +39,5 @@ def _shapes_in_float32(generator: nn.Module, args: tuple) -> tuple:
     return images, [one.new_empty((), dtype=torch.float32).expand(one.shape) for one in maps]
 
 
-def _in_float32(output):
-    if isinstance(output, torch.Tensor):
-        return output.float()
-    if isinstance(output, dict):
-        return {key: _in_float32(value) for key, value in output.items()}
-    return type(output)(_in_float32(value) for value in output)
+def _output_in_float32(head: nn.Module, args: tuple, output):
+    return tree_map_only(torch.Tensor, torch.Tensor.float, output)
